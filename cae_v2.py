@@ -1,44 +1,44 @@
 """CAE v2: Context Autoencoder with CLIP Target (later title: with CLIP Latent Alignment).
 
-Zhang et al., arXiv 2211.09799 (2022), TMLR 2023. Official code: Atten4Vis/CAE, folder project/CAEv2.
+Zhang et al., arXiv 2211.09799 (2022), TMLR 2023. Official code: Atten4Vis/CAE, project/CAEv2.
 
-The idea in one sentence: a ViT that sees some patches of an image must give, for the patches that it sees
-and for those that it does not, the features that a frozen CLIP image tower gives for the whole image.
+The idea in one sentence: a ViT that sees some patches of an image must give, for the patches it
+sees and for those it does not, the features that a frozen CLIP tower gives for the whole image.
 
-    image ──────────────────────────── CLIP tower (frozen) ── targets (B, 1+N, C) ────────────┐
-      │                                                                                       │
-      └─ visible patches ── ViT encoder ── z (B, 1+V, R) ──────────────────┐                  │
-                                │                                          ├─ LN, linear ── cosine
-            mask token x M ── regressor (queries m attend to [z, m]) ── m ─┘   (B, 1+N, C)
+  image ---------------------------- CLIP tower (frozen) ---- targets (B, 1+N, C) -----+
+    |                                                                                  |
+    +- visible patches -- ViT encoder -- z (B, 1+V, R) -------------+                  |
+                              |                                     +- LN, linear -- cosine
+          mask token x M -- regressor: queries m look at [z, m] ----+  (B, 1+N, C)
 
-Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, R regressor width,
-C teacher width, P patch side, H heads, d width of a head, T supervised tokens.
+Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, R regressor
+width, C teacher width, P patch side, H heads, d width of a head, T supervised tokens.
 
-What differs from MAE (marked Δ below): the target is CLIP's features, not pixels; visible patches and the class
-token are supervised too; masked tokens come from a cross-attention regressor, not a self-attention decoder;
-masks are block-wise; small models hide few patches (15 % for ViT-Ti, 25 % for ViT-S, 50 % for ViT-B).
+What differs from MAE (marked Δ): the target is CLIP's features, not pixels; visible patches and
+the class token are supervised too; masked tokens come from a cross-attention regressor, not from a
+self-attention decoder; masks are blocks; small models hide little (ViT-Ti 15 %, S 25 %, B 50 %).
 
-Sources: [code] the authors' code, [readme] their README, [abs] the abstract, [T] a third party. Where they
-are silent, we decided:
-  [D1] ViT-L: no script is released. Regressor 4 blocks x 1024, 16 heads (the released code would build
-       12 heads of width 85), batch, schedule and augmentation as for ViT-B; mask 50 % and lr 1.5e-3 as in
-       PanDerm's CAE v2 ViT-L [T].
-  [D2] ViT-L's teacher is CLIP ViT-B/16, the only one in the released code; ViT-L/14 is one flag away.
-  [D3] bf16 autocast without a loss scaler instead of fp16 with one; on a GPU the teacher's weights are cast
-       to bf16 once (the authors: fp16).
-  [D4] Augmentation on uint8 tensors instead of PIL images: the same operations in the same order, equal up to
-       the rounding of one resize.
-  [D5] The ablation of supervision positions is not released. `visible` averages over class token and visible
-       patches, `masked` over masked patches.
-  [D6] Every random draw is a function of (seed, epoch, image) or (seed, step); the authors seed with 0 + rank.
-  [D7] A teacher that pools by averaging (the demo's) has no class token: its pooled embedding stands in for it.
+Sources: [code] the authors' code, [readme] their README, [abs] the abstract, [T] a third party.
+Where they are silent, we decided:
+  [D1] ViT-L has no released script. Regressor of 4 blocks x 1024 with 16 heads (the released code
+       would build 12 heads of width 85); batch, schedule and augmentation as for ViT-B; mask 50 %
+       and lr 1.5e-3 as in PanDerm's ViT-L on CAE v2 [T].
+  [D2] ViT-L's teacher is CLIP ViT-B/16, the only one in the released code; ViT-L/14 takes a flag.
+  [D3] bf16 autocast without loss scaler instead of fp16 with one; in bf16 runs the teacher's
+       weights are cast to bf16 once (authors: fp16).
+  [D4] Augmentation on uint8 tensors instead of PIL images: the same operations in the same order,
+       equal up to the rounding of a resize.
+  [D5] The ablation of supervision positions is not released: `visible` is the mean over class token
+       and visible patches, `masked` over masked patches.
+  [D6] Every draw is a function of (seed, epoch, image) or (seed, step); authors: seed 0 + rank.
+  [D7] A teacher that averages patches (the demo's) has no class token: its pooled vector stands in.
+  [D8] A step whose gradient is not finite is skipped and counted, as the authors' loss scaler did.
 
-Commands (all resume when repeated):
-  python cae_v2.py --demo                                      built-in images and teacher, 2 minutes on a laptop
-  python cae_v2.py --model vit_s --data ~/photos               one GPU, any folder of images
-  torchrun --nproc_per_node=8 cae_v2.py --model vit_l          the paper's run: $IMAGENET or data/imagenet, 300 epochs
-Expect in the demo: the loss falls from about 1.0 to below 0.5; a linear probe rises from about 27 % to above 80 %.
-To use the method elsewhere, copy this file and common.py (and demo/ for `--data scenes` and `--teacher demo`).
+Commands (the same command again resumes):
+  python cae_v2.py --demo                                  built-in images and teacher, on a laptop
+  python cae_v2.py --model vit_s --data ~/photos           one GPU, any folder of images
+  torchrun --nproc_per_node=8 cae_v2.py --model vit_l      the paper's run: ImageNet-1K, 300 epochs
+To use the method elsewhere copy this file and common.py (and demo/ for `scenes` and `demo`).
 """
 
 import json
@@ -57,8 +57,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
-from safetensors.torch import load_file
+from einops import rearrange
 from torch import nn
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
@@ -66,26 +65,27 @@ from torchvision.transforms.v2 import functional as TF
 import common
 from common import flag
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Config
 
-# Encoder width, depth, heads; regressor width, depth, heads; layer scale of the encoder; mask ratio.
-# 12 heads for every size but Large: ViT-Ti and ViT-S differ from timm's 3 and 6 [code].
+# 12 heads for ViT-Ti and ViT-S too, where timm has 3 and 6 [code].
 SIZES = {
-    "vit_ti": dict(embed_dim=192, depth=12, num_heads=12, regressor_dim=96, regressor_depth=1, regressor_heads=12,
-                   init_values=0.1, mask_ratio=30 / 196),  # [code]
-    "vit_s": dict(embed_dim=384, depth=12, num_heads=12, regressor_dim=384, regressor_depth=1, regressor_heads=12,
-                  init_values=0.1, mask_ratio=49 / 196),  # [code]
-    "vit_b": dict(embed_dim=768, depth=12, num_heads=12, regressor_dim=768, regressor_depth=4, regressor_heads=12,
-                  init_values=0.1, mask_ratio=98 / 196),  # [code]
-    "vit_l": dict(embed_dim=1024, depth=24, num_heads=16, regressor_dim=1024, regressor_depth=4, regressor_heads=16,
-                  init_values=1e-5, mask_ratio=98 / 196),  # [D1]; layer scale [readme]
-    "vit_demo": dict(embed_dim=128, depth=4, num_heads=4, regressor_dim=128, regressor_depth=1, regressor_heads=4,
-                     init_values=0.1, mask_ratio=0.5),  # for 32-pixel images, not of the paper
+    "vit_ti": dict(embed_dim=192, depth=12, num_heads=12, regressor_dim=96, regressor_depth=1,
+                   regressor_heads=12, init_values=0.1, mask_ratio=30 / 196),  # [code]
+    "vit_s": dict(embed_dim=384, depth=12, num_heads=12, regressor_dim=384, regressor_depth=1,
+                  regressor_heads=12, init_values=0.1, mask_ratio=49 / 196),  # [code]
+    "vit_b": dict(embed_dim=768, depth=12, num_heads=12, regressor_dim=768, regressor_depth=4,
+                  regressor_heads=12, init_values=0.1, mask_ratio=98 / 196),  # [code]
+    "vit_l": dict(embed_dim=1024, depth=24, num_heads=16, regressor_dim=1024, regressor_depth=4,
+                  regressor_heads=16, init_values=1e-5, mask_ratio=98 / 196),  # [D1] [readme]
+    # Not of the paper: for 32-pixel images with patches of 4.
+    "vit_demo": dict(embed_dim=128, depth=4, num_heads=4, regressor_dim=128, regressor_depth=1,
+                     regressor_heads=4, init_values=0.1, mask_ratio=0.5),
 }
 
-DEMO = dict(model="vit_demo", data="scenes", teacher="demo", img_size=32, patch_size=4, epochs=2, batch_size=64, lr=2e-3,
-            warmup_epochs=0.1, drop_path=0.0, crop_min=0.6, workers=0, log_every=25)
+DEMO = dict(model="vit_demo", data="scenes", teacher="demo", img_size=32, patch_size=4, epochs=2,
+            batch_size=64, lr=2e-3, warmup_epochs=0.1, drop_path=0.0, crop_min=0.6, workers=0,
+            log_every=25)
 
 
 @dataclass(frozen=True)
@@ -97,40 +97,45 @@ class Config(common.RunConfig):
     lr: float = flag(1.5e-3, "peak learning rate; absolute, belongs to batch 2048 [code]")
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine [code]")
     warmup_epochs: float = flag(10, "epochs of linear warm-up from 0 [code]")
-    weight_decay: float = flag(0.05, "AdamW, constant; betas are torch's default 0.9, 0.999 [code]")
+    weight_decay: float = flag(0.05, "AdamW, constant; betas are torch's 0.9, 0.999 [code]")
     clip_grad: float = flag(3.0, "largest global L2 norm of the gradient [code]")
-    drop_path: float = flag(0.1, "stochastic depth of the last block, rising linearly, encoder and regressor [code]")
-    teacher: str = flag("ViT-B-16-quickgelu:openai", "open_clip NAME:TAG, NAME:FILE, or `demo` [code]")
-    supervise: typing.Literal["both", "visible", "masked"] = flag("both", "which tokens are supervised [code] [D5]")
+    drop_path: float = flag(0.1, "stochastic depth of the last block, rising linearly to it [code]")
+    teacher: str = flag("ViT-B-16-quickgelu:openai", "open_clip NAME:TAG, NAME:FILE, `demo` [code]")
+    supervise: typing.Literal["both", "visible", "masked"] = flag("both", "tokens [code] [D5]")
     mask: typing.Literal["block", "random"] = flag("block", "how hidden patches are chosen [code]")
-    mask_ratio: float = flag(0.0, "share of hidden patches, rounded to a count (default by size, see SIZES)")
+    mask_ratio: float = flag(0.0, "share of hidden patches, rounded to a count (default by size)")
     img_size: int = flag(224, "pixels of the crop's side [code]")
     patch_size: int = flag(16, "pixels of a patch's side [code]")
     crop_min: float = flag(0.4, "smallest area of a random crop, as a share of the image [code]")
-    color_jitter: float = flag(0.4, "brightness, contrast and saturation, always applied [code]")
-    embed_dim: int = flag(0, "encoder width (default by size)")
-    depth: int = flag(0, "encoder blocks (default by size)")
-    num_heads: int = flag(0, "encoder heads (default by size)")
-    regressor_dim: int = flag(0, "regressor width (default by size)")
-    regressor_depth: int = flag(0, "regressor blocks (default by size)")
-    regressor_heads: int = flag(0, "regressor heads (default by size)")
-    init_values: float = flag(0.0, "layer scale of the encoder at the start, 0 = none (default by size)")
+    color_jitter: float = flag(0.4, "brightness, contrast, saturation; always applied [code]")
+    embed_dim: int = flag(0, "encoder width (default by size, like the following ones)")
+    depth: int = flag(0, "encoder blocks")
+    num_heads: int = flag(0, "encoder heads")
+    regressor_dim: int = flag(0, "regressor width")
+    regressor_depth: int = flag(0, "regressor blocks")
+    regressor_heads: int = flag(0, "regressor heads")
+    init_values: float = flag(0.0, "the encoder's layer scale at the start; 0 means none")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("epochs", "batch_size", "lr", "clip_grad", "img_size", "patch_size", "embed_dim", "depth", "num_heads",
-                     "regressor_dim", "regressor_depth", "regressor_heads", "crop_min"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be greater than 0")
-        if not 0 <= self.mask_ratio < 1 or self.num_masked >= self.grid**2:
-            raise ValueError(f"--mask_ratio {self.mask_ratio} must leave at least one patch visible: give 0 to below 1")
-        if self.supervise == "masked" and self.num_masked == 0:
-            raise ValueError("--supervise masked needs hidden patches: give --mask_ratio above 0")
+        common.check_range(self, 1, "epochs", "batch_size", "img_size", "patch_size", "embed_dim",
+                           "depth", "num_heads", "regressor_dim", "regressor_depth",
+                           "regressor_heads")
+        common.check_range(self, None, "lr", "clip_grad", "crop_min")
+        common.check_range(self, 0, "min_lr", "warmup_epochs", "weight_decay", "drop_path",
+                           "mask_ratio", "color_jitter", "init_values")
         if self.img_size % self.patch_size:
-            raise ValueError(f"--img_size {self.img_size} is not a multiple of --patch_size {self.patch_size}")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} must be shorter than the run of {self.epochs} epochs "
-                             "(fractions such as 0.5 are fine)")
+            raise ValueError(f"--img_size {self.img_size} is not a multiple of --patch_size "
+                             f"{self.patch_size}")
+        if self.num_masked >= self.grid**2:
+            raise ValueError(f"--mask_ratio {self.mask_ratio:g} leaves no patch visible: give less")
+        if self.supervise == "masked" and self.num_masked == 0:
+            raise ValueError("--supervise masked needs hidden patches: give a larger --mask_ratio")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} must be shorter than the run "
+                             f"of {self.epochs} epochs (fractions such as 0.5 are fine)")
+        if self.crop_min > 1 or self.drop_path >= 1:
+            raise ValueError("--crop_min is at most 1 and --drop_path below 1")
 
     @property
     def grid(self):
@@ -141,43 +146,43 @@ class Config(common.RunConfig):
         return round(self.mask_ratio * self.grid**2)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Corrupt: which patches are hidden, and the crop that student and teacher share
 
 
 def block_mask(grid, num_masked, rng):
-    """One mask of rectangular blocks with exactly `num_masked` hidden cells, (rows, columns) nested lists of 0/1. Δ
+    """One mask of rectangles with exactly `num_masked` hidden cells, as rows of 0 and 1. Δ
 
-    The rule of BEiT as the authors run it [code]: rectangles of random area and aspect are tried until the
-    count is met; `rng` is a `random.Random`, so its draws can be compared with theirs one by one.
+    BEiT's rule as the authors run it [code]: rectangles of random area and aspect are tried until
+    the count is met. `rng` is a `random.Random`, so that each draw can be compared with theirs.
     """
     rows, columns = common.pair(grid)
     common.check_num_masked(num_masked, rows * columns)
     if num_masked and min(rows, columns) < 2:
-        raise ValueError(f"block masks need a grid of at least 2 x 2 patches, not {rows} x {columns}: use random masks")
-    mask, count = [[0] * columns for _ in range(rows)], 0
-    while count < num_masked:
-        left = num_masked - count
-        # At least 16 cells are aimed at; `uniform` also takes its bounds the other way round.
-        area = rng.uniform(16, left)
+        raise ValueError(f"block masks need at least 2 x 2 patches, not {rows} x {columns}")
+    mask, left, tries = [[0] * columns for _ in range(rows)], num_masked, 0
+    while left:
+        # At least 16 cells are aimed at [code]; with fewer left, `uniform` runs from 16 down. On a
+        # few small grids nothing of that size fits: after 1000 failures in a row, aim lower.
+        area, tries = rng.uniform(16 if tries < 1000 else 1, left), tries + 1
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height < rows and 0 < width < columns):
             continue
         top, start = rng.randint(0, rows - height), rng.randint(0, columns - width)
-        block = [row[start: start + width] for row in mask[top: top + height]]
-        new = height * width - sum(map(sum, block))
+        block = mask[top: top + height]
+        new = height * width - sum(sum(row[start: start + width]) for row in block)
         if 0 < new <= left:
-            for row in mask[top: top + height]:
+            for row in block:
                 row[start: start + width] = [1] * width
-            count += new
+            left, tries = left - new, 0
     return mask
 
 
 def block_masks(batch, grid, num_masked, generator=None):
-    """(batch, N) bool, True = hidden, exactly `num_masked` in every row, in blocks (see `block_mask`).
+    """(batch, N) bool, True = hidden, exactly `num_masked` per row, in blocks (see `block_mask`).
 
-    `generator` is a torch.Generator; each mask draws from a `random.Random` that it seeds.
+    Each mask draws from a `random.Random` that the torch `generator` seeds.
     Raises ValueError for a count outside 0..N-1.
     """
     seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
@@ -186,24 +191,25 @@ def block_masks(batch, grid, num_masked, generator=None):
 
 
 class Augment:
-    """A training sample, made in a worker: student image, teacher image where its size differs, mask.
+    """Makes a training sample in a worker: student image, teacher image if its size differs, mask.
 
-    Colour jitter and flip come before the crop, so they reach the teacher's image too [code]: both images
-    are the same crop, resized twice. Images are uint8 (3, S, S), the mask is (N,) bool.
+    Colour jitter and flip come before the crop, so the teacher sees them too [code]; both images
+    are one crop, resized to each size. Images are uint8 (3, S, S), the mask is (N,) bool.
     """
 
     def __init__(self, config, teacher_size):
-        self.config, self.teacher_size = config, teacher_size
-        self.jitter = v2.ColorJitter(*[config.color_jitter] * 3) if config.color_jitter else nn.Identity()
+        self.config = config
+        self.sizes = list(dict.fromkeys([config.img_size, teacher_size]))
+        self.jitter = v2.ColorJitter(*[config.color_jitter] * 3)
 
     def __call__(self, image):
         config = self.config
         image = self.jitter(image)
         if torch.rand(()) < 0.5:
             image = TF.horizontal_flip(image)
-        box = RandomResizedCrop.get_params(image, scale=(config.crop_min, 1.0), ratio=(3 / 4, 4 / 3))  # [code]
-        sizes = [config.img_size] + [self.teacher_size] * (self.teacher_size != config.img_size)
-        crops = [TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC) for size in sizes]
+        box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), ratio=(3 / 4, 4 / 3))
+        crops = [TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC)
+                 for size in self.sizes]
         if config.mask == "block":
             mask = block_masks(1, config.grid, config.num_masked)
         else:
@@ -211,27 +217,27 @@ class Augment:
         return *crops, mask[0]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Target: the tokens of a frozen CLIP image tower
 
 
 @torch.no_grad()
 def clip_targets(visual, images):
-    """CLIP features of every token: images (B, 3, S, S), normalised for the tower, to (B, 1+N, C) float32. Δ
+    """Images (B, 3, S, S), normalised for the tower, to its tokens (B, 1+N, C) in float32. Δ
 
     ln_post and the projection are applied to all tokens, class token first, then patches in raster
     order [code]; open_clip itself projects the pooled token only. Nothing is normalised here.
     """
-    pooled, patches = visual(images.to(visual.conv1.weight.dtype))  # (B, C), (B, N, width)
+    pooled, patches = visual(images.to(visual.conv1.weight.dtype))
     return torch.cat([pooled[:, None], patches @ visual.proj], dim=1).float()  # (B, 1+N, C)
 
 
 def load_teacher(spec, img_size):
     """The image tower of an open_clip model, frozen, in eval mode, for images of `img_size` pixels.
 
-    `spec` is NAME:TAG (OpenAI's and other published weights, from the cache or the network), NAME:FILE
-    (open_clip's .safetensors, .bin, .pt, or OpenAI's own .pt archive), or `demo`.
-    Raises ValueError or FileNotFoundError with the one thing to do.
+    `spec` is NAME:TAG (published weights, from the cache or the network), NAME:FILE (open_clip's
+    .safetensors, .bin, .pt, or OpenAI's own .pt archive), or `demo`.
+    Raises ValueError or FileNotFoundError that says what to do.
     """
     name, source, config = teacher_config(spec)
     mean_std = {}
@@ -243,10 +249,11 @@ def load_teacher(spec, img_size):
     try:
         visual.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of {name}: {str(error).splitlines()[1].strip()[:200]}") from error
+        raise ValueError(f"{path} does not hold the weights of {name}: {reason(error)}") from error
     size, patch = common.pair(img_size), common.pair(visual.patch_size)
     if any(side % step for side, step in zip(size, patch)):
-        raise ValueError(f"the teacher {name} has patches of {patch[0]} pixels, which do not tile {size[0]} x {size[1]}")
+        raise ValueError(f"the teacher {name} has patches of {patch[0]} pixels, which do not tile "
+                         f"{size[0]} x {size[1]}")
     grid = tuple(side // step for side, step in zip(size, patch))
     table = resize_positions(visual.positional_embedding.data, grid)
     visual.positional_embedding = nn.Parameter(table)
@@ -256,9 +263,9 @@ def load_teacher(spec, img_size):
 
 
 def image_tower(name, device="cpu"):
-    """The image tower of an open_clip model with random weights."""
-    import open_clip
-    logging.disable(logging.WARNING)  # open_clip warns that no weights are loaded: they come next
+    """The image tower of an open_clip model, with random weights."""
+    import open_clip  # here, not above: no other method needs it
+    logging.disable(logging.WARNING)  # it warns that no weights are loaded; they come next
     try:
         return open_clip.create_model(name, pretrained=None, device=device).visual
     finally:
@@ -266,7 +273,7 @@ def image_tower(name, device="cpu"):
 
 
 def resize_positions(table, grid):
-    """A position table (1+n, C) for another grid, (1+N, C): bilinear, class row kept [code]."""
+    """A position table (1+n, C) of a square grid for another one, (1+N, C): bilinear [code]."""
     side = math.isqrt(len(table) - 1)
     if (side, side) == tuple(grid):
         return table
@@ -276,107 +283,117 @@ def resize_positions(table, grid):
 
 
 def teacher_config(spec):
-    """(open_clip name, tag or path, model configuration) of a teacher given as NAME:TAG_OR_PATH or `demo`."""
+    """open_clip's name, the tag or path, and the model's configuration of a `--teacher` value."""
     import open_clip
     if spec == "demo":
-        folder = Path(__file__).parent / "demo"
-        if not (folder / "tiny_clip.safetensors").exists():
-            raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy it along, or name a CLIP model")
-        open_clip.add_model_config(folder / "tiny_clip.json")
-        name, source = "tiny_clip", str(folder / "tiny_clip.safetensors")
-    else:
-        name, _, source = spec.partition(":")
-        if not source:
-            raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, such as ViT-B-16-quickgelu:openai, or `demo`")
+        demo = Path(__file__).parent / "demo"
+        if not (demo / "tiny_clip.safetensors").exists():
+            raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy "
+                                    "it along, or name a CLIP model")
+        open_clip.add_model_config(demo / "tiny_clip.json")
+        spec = f"tiny_clip:{demo / 'tiny_clip.safetensors'}"
+    name, _, source = spec.partition(":")
+    if not source:
+        raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, such as "
+                         "ViT-B-16-quickgelu:openai, or `demo`")
     config = open_clip.get_model_config(name)
     if config is None:
-        raise ValueError(f"open_clip knows no model {name}: the names are listed by python -c "
-                         "\"import open_clip; print(open_clip.list_models())\"")
-    if not isinstance(config["vision_cfg"].get("layers"), int) or "patch_size" not in config["vision_cfg"]:
-        raise ValueError(f"the image tower of {name} is not a plain ViT of open_clip: choose a ViT-... model")
+        raise ValueError(f"open_clip knows no model {name}: python -c \"import open_clip; "
+                         "print(open_clip.list_models())\" lists the names")
+    if not {"layers", "patch_size"} <= set(config["vision_cfg"]):
+        raise ValueError(f"the image tower of {name} is not open_clip's ViT: choose a ViT-...")
     return name, source, config
 
 
 def teacher_size(spec, grid):
-    """Pixels of the teacher's input side that give it the student's grid: 224 for /16, 196 for /14 at 14 x 14."""
+    """The teacher's image side that gives the student's grid: 14 x 14 is 224 at /16, 196 at /14."""
     return teacher_config(spec)[2]["vision_cfg"]["patch_size"] * grid
 
 
 def is_path(source):
-    return os.path.exists(os.path.expanduser(source)) or "/" in source or os.sep in source or \
+    return Path(source).expanduser().exists() or "/" in source or os.sep in source or \
         source.endswith((".pt", ".pth", ".bin", ".safetensors"))
 
 
 def weights_file(path):
-    """The file itself, or the one weights file of open_clip's usual names in a folder."""
-    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+    """The file itself, or the weights under one of open_clip's usual names in a folder."""
     if path.is_dir():
+        names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         found = [path / name for name in names if (path / name).exists()]
         if not found:
-            raise FileNotFoundError(f"the teacher's folder {path} holds none of {', '.join(names)}")
+            raise FileNotFoundError(f"the teacher's folder {path} holds no {' or '.join(names)}")
         return found[0]
     if not path.exists():
-        raise FileNotFoundError(f"no teacher weights at {path}: check the path after the colon of --teacher")
+        raise FileNotFoundError(f"no teacher weights at {path}: check the path in --teacher")
     return path
 
 
 def read_weights(path, quick_gelu):
-    """The image tower's state dict from safetensors, a torch file, or OpenAI's TorchScript archive."""
+    """The image tower's weights from safetensors, a torch file, or OpenAI's TorchScript archive."""
     if path.suffix == ".safetensors":
-        try:
-            state = load_file(path)
-        except Exception as error:  # safetensors has its own type for bad headers
-            raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
-    elif zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-        # Only OpenAI publishes such archives, and all its models use QuickGELU: plain GELU would run without
-        # a warning and give wrong features.
+        state = common.read_safetensors(path)
+    elif is_torchscript(path):
+        # Only OpenAI publishes such archives, all of QuickGELU models; with plain GELU everything
+        # would run without a warning and the features would be wrong.
         if not quick_gelu:
-            raise ValueError(f"{path} is OpenAI's archive, whose models use QuickGELU: add -quickgelu to the teacher's name")
+            raise ValueError(f"{path} is OpenAI's archive of a QuickGELU model: add -quickgelu to "
+                             "the teacher's name")
         state = torch.jit.load(path, map_location="cpu").state_dict()
     else:
         state = common.read_checkpoint(path)
         state = state.get("state_dict", state)
-    state = {name.removeprefix("module.").removeprefix("visual."): tensor.float() for name, tensor in state.items()
-             if name.removeprefix("module.").startswith("visual.")}
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {name.removeprefix("visual."): tensor.float() for name, tensor in state.items()
+             if name.startswith("visual.")}
     if not state:
-        raise ValueError(f"{path} holds no image tower: no key begins with visual.")
+        raise ValueError(f"{path} holds no CLIP image tower: no key begins with visual.")
     return state
 
 
+def is_torchscript(path):
+    return zipfile.is_zipfile(path) and any(
+        "/code/" in name for name in zipfile.ZipFile(path).namelist())
+
+
 def published_weights(name, tag, config):
-    """Path and mean/std of published weights: the cache first, then the network, which gets 3 seconds to answer."""
+    """Path and mean/std of published weights: the cache first, then the network if it answers."""
     import huggingface_hub
     import open_clip
     published = open_clip.get_pretrained_cfg(name, tag)
     if not published:
-        raise ValueError(f"open_clip knows no weights {tag} for {name}, only "
-                         f"{', '.join(open_clip.list_pretrained_tags_by_model(name))}; or give a file")
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise ValueError(f"open_clip has no weights {tag} for {name} (it has {tags or 'none'}); "
+                         "a file would do too")
     if bool(published.get("quick_gelu")) != bool(config.get("quick_gelu")):
         other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
-        raise ValueError(f"the weights {tag} need another activation than {name} has: use --teacher {other}:{tag}")
+        raise ValueError(f"the weights {tag} need another activation than {name} has: give "
+                         f"--teacher {other}:{tag}")
     if not published.get("hf_hub"):
-        raise ValueError(f"the weights {tag} of {name} must be fetched by hand: give their file as --teacher {name}:FILE")
+        raise ValueError(f"the weights {tag} of {name} are not on the hub: fetch them by hand and "
+                         f"give --teacher {name}:FILE")
     repository, file = published["hf_hub"].rstrip("/"), "open_clip_model.safetensors"
     mean_std = {key: published[key] for key in ("mean", "std") if key in published}
     try:
         return huggingface_hub.hf_hub_download(repository, file, local_files_only=True), mean_std
     except huggingface_hub.errors.LocalEntryNotFoundError:
-        endpoint = huggingface_hub.constants.ENDPOINT
-    page = f"{endpoint}/{repository}/resolve/main/{file}"
-    if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable(endpoint):
-        raise FileNotFoundError(f"the teacher's weights are not in the cache and {endpoint} does not answer: on a machine with "
-                                f"a network download {page} and pass it as --teacher {name}:/path/to/{file}")
-    print(f"fetching the teacher's weights from {page}")
+        server = huggingface_hub.constants.ENDPOINT
+    page = f"{server}/{repository}/resolve/main/{file}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable(server):
+        raise FileNotFoundError(
+            f"the teacher's weights are not in the cache and {server} does not answer: download "
+            f"{page} on a machine with a network and give --teacher {name}:/path/to/{file}")
+    print(f"fetching the teacher's weights from {page}", flush=True)
     return huggingface_hub.hf_hub_download(repository, file), mean_std
 
 
 def reachable(url, seconds=3.0):
-    """Whether a server answers within `seconds`, name look-up included (which has no time limit of its own)."""
+    """Whether a server answers within `seconds`; name look-up has no limit itself, so it counts."""
     answered = threading.Event()
 
     def ask():
+        request = urllib.request.Request(url, method="HEAD")
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(request, timeout=seconds).close()
         except urllib.error.HTTPError:
             pass  # an answer all the same
         except OSError:
@@ -389,12 +406,17 @@ def reachable(url, seconds=3.0):
     return answered.is_set()
 
 
-# ---------------------------------------------------------------------------------------------------
+def reason(error):
+    """The first informative line of load_state_dict's long message."""
+    return str(error).splitlines()[1].strip()[:200]
+
+
+# --------------------------------------------------------------------------------------------------
 # Model
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention with queries, keys and values of its own input each. There is no key bias [code]."""
+    """Multi-head attention with its own input for each of q, k, v. There is no key bias [code]."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -408,7 +430,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries, keys, values):
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
-                   for x in (self.q(queries), self.k(keys), self.v(values)))  # (B, H, M | N | N, d)
+                   for x in (self.q(queries), self.k(keys), self.v(values)))  # (B, H, M or N, d)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # (B, M, R)
 
@@ -416,13 +438,14 @@ class CrossAttention(nn.Module):
 class RegressorBlock(nn.Module):
     """Mask queries look at the visible tokens and at themselves. Δ
 
-    Queries and keys carry positions, values do not. Each of the three has its own LayerNorm. The output of
-    `norm_2` is the new residual stream, not only the MLP's input [code].
+    Queries and keys carry positions, values do not; each of the three has its own LayerNorm. The
+    output of `norm_2` is the new residual stream, not only the MLP's input [code].
     """
 
     def __init__(self, dim, num_heads, init_values, drop_path):
         super().__init__()
-        self.norm_q, self.norm_k, self.norm_v, self.norm_2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
+        for name in ("norm_q", "norm_k", "norm_v", "norm_2"):
+            setattr(self, name, nn.LayerNorm(dim, eps=1e-6))
         self.attn = CrossAttention(dim, num_heads)
         self.mlp = common.Mlp(dim, 4 * dim)
         scale = (lambda: common.LayerScale(dim, init_values)) if init_values else nn.Identity
@@ -430,228 +453,269 @@ class RegressorBlock(nn.Module):
         self.drop_path = common.DropPath(drop_path)
 
     def forward(self, m, z, m_positions, z_positions):
-        """Mask queries m (B, M, R) and visible tokens z (B, V, R), with their positions, to new queries (B, M, R)."""
+        """Queries m (B, M, R), visible tokens z (B, V, R), positions: new queries (B, M, R)."""
         context = torch.cat([z, m], dim=1)  # (B, N, R)
         positions = torch.cat([z_positions, m_positions], dim=1)  # (B, N, R)
-        a = self.attn(self.norm_q(m + m_positions), self.norm_k(context + positions), self.norm_v(context))  # (B, M, R)
+        a = self.attn(self.norm_q(m + m_positions), self.norm_k(context + positions),
+                      self.norm_v(context))  # (B, M, R)
         u = self.norm_2(m + self.drop_path(self.ls1(a)))
         return u + self.drop_path(self.ls2(self.mlp(u)))
 
 
 class CAEv2(nn.Module):
-    """Encoder, regressor and one shared head. `target_dim` is the teacher's projected width C.
+    """Encoder, regressor and one head for all tokens. `target_dim` is the teacher's width C.
 
-    `regressor_dim` other than `embed_dim` puts a linear layer and a LayerNorm between encoder and the rest.
-    `init_values` None or 0 means no layer scale at all; else it starts the encoder's, while the regressor's starts
-    at 0.1 whatever the encoder's is, since the released code never passes the option on [code].
+    A `regressor_dim` other than `embed_dim` puts Linear + LayerNorm between encoder and the rest.
+    `init_values` None or 0 means no layer scale; else it starts the encoder's, and the regressor's
+    starts at 0.1 in any case, since the released code never passes its option on [code].
     """
 
-    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, target_dim, regressor_dim=None,
-                 regressor_depth=4, regressor_heads=12, init_values=0.1, drop_path_rate=0.0):
+    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, target_dim,
+                 regressor_dim=None, regressor_depth=4, regressor_heads=12, init_values=0.1,
+                 drop_path_rate=0.0):
         super().__init__()
-        init_values, R = init_values or None, regressor_dim or embed_dim
-        self.encoder = common.ViT(img_size, patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-                                  init_values=init_values, drop_path_rate=drop_path_rate)
-        self.encoder.set_positions(common.sincos_2d(embed_dim, self.encoder.grid, first="row"))  # [code]
-        self.adapter = nn.Identity() if R == embed_dim else nn.Sequential(nn.Linear(embed_dim, R), nn.LayerNorm(R, eps=1e-6))
+        R, init_values = regressor_dim or embed_dim, init_values or None
+        self.encoder = common.ViT(img_size, patch_size, embed_dim=embed_dim, depth=depth,
+                                  num_heads=num_heads, init_values=init_values,
+                                  drop_path_rate=drop_path_rate)
+        grid = self.encoder.grid
+        self.encoder.set_positions(common.sincos_2d(embed_dim, grid, first="row"))  # [code]
+        self.adapter = nn.Identity() if R == embed_dim else nn.Sequential(
+            nn.Linear(embed_dim, R), nn.LayerNorm(R, eps=1e-6))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, R))
-        self.register_buffer("positions", common.sincos_2d(R, self.encoder.grid, first="row")[None])  # (1, N, R)
+        positions = common.sincos_2d(R, grid, first="row")[None]  # (1, N, R)
+        self.register_buffer("positions", positions.to(self.mask_token))
         rates = torch.linspace(0, drop_path_rate, regressor_depth, device="cpu").tolist()
-        self.regressor = nn.ModuleList(RegressorBlock(R, regressor_heads, init_values and 0.1, rate) for rate in rates)
+        self.regressor = nn.ModuleList(
+            RegressorBlock(R, regressor_heads, init_values and 0.1, rate) for rate in rates)
         self.head_norm = nn.LayerNorm(R, eps=1e-6)
         self.head = nn.Linear(R, target_dim)
         self._initialise()
 
     def _initialise(self):
-        # The authors' outer class overrides the depth-scaled initialisation of BEiT that its parts begin with;
-        # what stays [code]: Linear Xavier-uniform with zero bias (a fused qkv as one matrix), convolution and tokens
-        # a normal of std 0.02 cut at one sigma, LayerNorm 1 and 0.
+        # The authors' outer class overrides the depth-scaled initialisation of BEiT that its parts
+        # start with. What stays [code]: Linear Xavier-uniform with zero bias (a fused qkv as one
+        # matrix); convolution and tokens a normal of std 0.02 cut at one sigma; LayerNorm 1 and 0.
         common.xavier_init(self)
-        for tensor in (self.encoder.patch_embed.proj.weight, self.encoder.cls_token, self.mask_token):
+        patch = self.encoder.patch_embed.proj
+        for tensor in (patch.weight, self.encoder.cls_token, self.mask_token):
             nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
-        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
-        common.freeze_key_bias(self.encoder)  # q and v biases only [code]
+        nn.init.zeros_(patch.bias)
+        common.freeze_key_bias(self.encoder)  # biases for q and v only [code]
 
-    def features(self, images, mask, supervise):
-        """The supervised features before the head: {"cls": (B, 1, R), "visible": (B, V, R), "masked": (B, M, R)}."""
-        visible_ids, masked_ids = (ids.to(images.device, non_blocking=True) for ids in common.split_ids(mask))  # (B, V), (B, M)
+    def features(self, images, visible_ids, masked_ids, mask, supervise):
+        """What is supervised: {"cls": (B, 1, R), "visible": (B, V, R), "masked": (B, M, R)}."""
         z = self.adapter(self.encoder(images, mask))  # (B, 1+V, R)
         features = {}
         if supervise != "masked":
             features.update(cls=z[:, :1], visible=z[:, 1:])
         if supervise != "visible" and masked_ids.shape[1]:
             positions = self.positions.expand(len(z), -1, -1)  # (B, N, R)
-            z_positions, m_positions = common.pick(positions, visible_ids), common.pick(positions, masked_ids)
-            m = repeat(self.mask_token, "1 1 r -> b m r", b=len(z), m=masked_ids.shape[1])  # (B, M, R)
+            z_positions = common.pick(positions, visible_ids)  # (B, V, R)
+            m_positions = common.pick(positions, masked_ids)  # (B, M, R)
+            m = self.mask_token.expand_as(m_positions)  # (B, M, R)
             for block in self.regressor:
-                m = block(m, z[:, 1:], m_positions, z_positions)  # the class token takes no part [code]
+                m = block(m, z[:, 1:], m_positions, z_positions)  # without the class token [code]
             features["masked"] = m
         return features
 
     def forward(self, images, mask, targets, supervise="both"):
-        """images (B, 3, S, S), mask (B, N) bool with True = hidden, targets (B, 1+N, C) raw teacher tokens, class token
-        first, then raster order. Returns (loss, parts), parts being the detached means of "cls", "visible", "masked"."""
+        """Returns (loss, parts): parts are the detached means of "cls", "visible", "masked".
+
+        images (B, 3, S, S), normalised; mask (B, N) bool, True = hidden, the same count per row;
+        targets (B, 1+N, C), raw teacher tokens, class token first, then raster order.
+        """
         if supervise not in ("both", "visible", "masked"):
             raise ValueError(f"supervise is 'both', 'visible' or 'masked', not {supervise!r}")
-        visible_ids, masked_ids = (ids.to(images.device, non_blocking=True) for ids in common.split_ids(mask))
+        visible_ids, masked_ids = (ids.to(images.device, non_blocking=True)
+                                   for ids in common.split_ids(mask))  # (B, V), (B, M)
         if supervise == "masked" and masked_ids.shape[1] == 0:
-            raise ValueError("supervise='masked' needs hidden patches, the mask hides none")
-        features = self.features(images, mask, supervise)
-        cls, patches = targets[:, :1], targets[:, 1:]
-        labels = dict(cls=cls, visible=common.pick(patches, visible_ids), masked=common.pick(patches, masked_ids))
-        answers = self.head(self.head_norm(torch.cat(list(features.values()), dim=1)))  # (B, T, C)
-        distances = cosine_distance(answers, torch.cat([labels[name] for name in features], dim=1))  # (B, T)
+            raise ValueError("supervise='masked' needs hidden patches, but the mask hides none")
+        expected = (len(images), 1 + mask.shape[1], self.head.out_features)
+        if tuple(targets.shape) != expected:
+            raise ValueError(f"targets of shape {tuple(targets.shape)} were given, this model expects "
+                             f"{expected}: a class token and one token per patch, of its teacher's width")
+        features = self.features(images, visible_ids, masked_ids, mask, supervise)
+        labels = dict(cls=targets[:, :1], visible=common.pick(targets[:, 1:], visible_ids),
+                      masked=common.pick(targets[:, 1:], masked_ids))
+        answers = self.answer(features)  # (B, T, C)
+        distances = cosine_distance(answers, torch.cat([labels[name] for name in features], dim=1))
         parts = distances.detach().split([tokens.shape[1] for tokens in features.values()], dim=1)
         return distances.mean(), {name: part.mean() for name, part in zip(features, parts)}
 
+    def answer(self, features):
+        """One LayerNorm and one linear layer for all supervised tokens: (B, T, C)."""
+        return self.head(self.head_norm(torch.cat(list(features.values()), dim=1)))
 
-# The authors' names [code, spelling theirs] and ours.
+
+# The authors' names (the spelling is theirs) and ours, replaced in this order.
 OFFICIAL_NAMES = (
     ("regresser.regressor_blocks.", "regressor."), ("encoder_to_regresser_norm.", "adapter.1."),
-    ("encoder_to_regresser.", "adapter.0."), ("decoder.norm.", "head_norm."), ("decoder.head.", "head."),
-    (".norm1_q.", ".norm_q."), (".norm1_k.", ".norm_k."), (".norm1_v.", ".norm_v."), (".norm2_cross.", ".norm_2."),
-    (".cross_attn.q_bias", ".attn.q.bias"), (".cross_attn.v_bias", ".attn.v.bias"), (".cross_attn.", ".attn."),
-    (".mlp_cross.", ".mlp."), (".gamma_1_cross", ".ls1.gamma"), (".gamma_2_cross", ".ls2.gamma"),
+    ("encoder_to_regresser.", "adapter.0."), ("decoder.norm.", "head_norm."),
+    ("decoder.head.", "head."), (".norm1_q.", ".norm_q."), (".norm1_k.", ".norm_k."),
+    (".norm1_v.", ".norm_v."), (".norm2_cross.", ".norm_2."), (".mlp_cross.", ".mlp."),
+    (".cross_attn.q_bias", ".attn.q.bias"), (".cross_attn.v_bias", ".attn.v.bias"),
+    (".cross_attn.", ".attn."), (".gamma_1_cross", ".ls1.gamma"), (".gamma_2_cross", ".ls2.gamma"),
     (".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"),
 )
 
 
 def load_official(model, state_dict):
-    """Loads the authors' pre-training weights (their key names) into a `CAEv2`, strictly.
+    """Loads the authors' pre-training weights, under their key names, into a `CAEv2`, strictly.
 
-    Every key is used, or is `regresser.norm.*` (which the released model never applies), or, without layer scale, a
-    `gamma_*_cross` of ones. Raises ValueError that names missing keys, further keys, and wrong shapes.
+    Every key is used, or is `regresser.norm.*` (never applied by the released model) or, without
+    layer scale, a `gamma_*_cross` of ones. Raises ValueError naming what is missing or too much.
     """
-    own = model.state_dict()
-    state, unused = {}, []
+    state, own = {}, model.state_dict()
     for name, tensor in state_dict.items():
         ours = name
         for theirs, replacement in OFFICIAL_NAMES:
             ours = ours.replace(theirs, replacement)
-        if name == "rd_pos_embed":
-            state["positions"] = tensor[:, 1:]  # the class token takes no part in the regressor
-        elif name.endswith("attn.q_bias") and name.startswith("encoder."):
-            v_bias = state_dict.get(name.replace("q_bias", "v_bias"))
-            if v_bias is not None:
-                state[ours.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros_like(tensor), v_bias])
-        elif name.endswith("attn.v_bias") and name.startswith("encoder.") and name.replace("v_bias", "q_bias") in state_dict:
-            pass  # joined with its q_bias
-        elif ours in own:
-            state[ours] = tensor
-        elif not (name.startswith("regresser.norm.") or (name.endswith("_cross") and bool((tensor == 1).all()))):
-            unused.append(name)
-    missing = [name for name in own if name not in state]
-    if missing or unused:
-        raise ValueError(f"not the weights of this CAE v2 model: missing {missing[:5] or 'nothing'}, unknown {unused[:5] or 'nothing'}")
-    wrong = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in own if state[name].shape != own[name].shape]
-    if wrong:
-        raise ValueError(f"the weights have other sizes than this CAE v2 model: {'; '.join(wrong[:3])}")
-    model.load_state_dict(state)
+        state[ours] = tensor
+    if "rd_pos_embed" in state:
+        state["positions"] = state.pop("rd_pos_embed")[:, 1:]  # the class token's row has no use
+    for name in own:
+        q_name, v_name = (name.replace("qkv.bias", key) for key in ("q_bias", "v_bias"))
+        if name.endswith("attn.qkv.bias") and {q_name, v_name} <= set(state):
+            q, v = state.pop(q_name), state.pop(v_name)
+            state[name] = torch.cat([q, torch.zeros_like(q), v])
+    for name in set(state) - set(own):
+        scale = name.startswith("regressor.") and name.endswith(".gamma")
+        if name.startswith("regresser.norm.") or (scale and bool((state[name] == 1).all())):
+            del state[name]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"not the weights of this CAE v2 model: {reason(error)}") from error
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loss
 
 
 def cosine_distance(answers, targets):
-    """1 - cosine between answers and targets, both (B, T, C), as (B, T), in fp32 or better. Δ
+    """1 - cosine of answers and targets, both (B, T, C), as (B, T), in fp32 or better. Δ
 
-    The loss is its flat mean over class, visible and masked tokens [code]: with M of N patches hidden, the masked
-    ones weigh M / (1+N), which is 15 % for ViT-Ti; it is no sum of two means.
+    The loss is its flat mean over class, visible and masked tokens [code]: with M of N patches
+    hidden, the masked ones weigh M / (1+N), 15 % for ViT-Ti. It is no sum of two means.
     """
-    with torch.autocast(answers.device.type, enabled=False):
-        dtype = torch.promote_types(answers.dtype, torch.float32)
-        return 1 - F.cosine_similarity(answers.to(dtype), targets.to(dtype), dim=-1)
+    dtype = torch.promote_types(answers.dtype, torch.float32)
+    return 1 - F.cosine_similarity(answers.to(dtype), targets.to(dtype), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Preview
 
 
 @torch.no_grad()
-def preview(path, config, model, teacher, samples, device):
-    """Draws samples: image | visible patches | cosine of answer and target per patch | teacher's similarity to a patch."""
-    student, teacher_images, mask = inputs(samples, teacher, device)
+def preview(path, config, model, teacher, batch, device):
+    """Draws a batch of `Augment` as rows: image | visible patches | cosine of answer and target per
+    patch | similarity of the teacher's patches to one of them."""
     model.eval()
+    student, teacher_images, mask = inputs(batch, teacher, device)
     targets = clip_targets(teacher, teacher_images)  # (B, 1+N, C)
-    features = model.features(student, mask, config.supervise)
+    ids = dict(zip(("visible", "masked"), (ids.to(device) for ids in common.split_ids(mask))))
+    features = model.features(student, ids["visible"], ids["masked"], mask, config.supervise)
     features.pop("cls", None)
-    visible_ids, masked_ids = common.split_ids(mask)
-    ids = torch.cat([dict(visible=visible_ids, masked=masked_ids)[name] for name in features], dim=1).to(device)  # (B, T)
-    answers = model.head(model.head_norm(torch.cat(list(features.values()), dim=1)))  # (B, T, C)
-    cosines = 1 - cosine_distance(answers, common.pick(targets[:, 1:], ids))  # (B, T)
-    grid, rows = model.encoder.grid, []
-    for i, image in enumerate(samples[0]):
-        image = image.to(device).float() / 255
-        hidden = rearrange(mask[i].to(device), "(h w) -> 1 h w", h=grid[0])  # (1, h, w)
-        # Grey for hidden patches; in the map of cosines, grey for patches that nobody asked about.
-        seen = torch.where(F.interpolate(hidden[None].float(), size=image.shape[1:])[0] > 0, 0.5, image)
-        asked = torch.zeros(hidden.numel(), dtype=torch.bool, device=device).index_fill_(0, ids[i], True)
-        values = torch.zeros(hidden.numel(), device=device).index_copy_(0, ids[i], cosines[i].float())
-        agreement = torch.where(rearrange(asked, "(h w) -> 1 h w", h=grid[0]), common.colour_map(rearrange(values, "(h w) -> h w", h=grid[0])), 0.5)
-        centre = grid[0] // 2 * grid[1] + grid[1] // 2
+    asked = torch.cat([ids[name] for name in features], dim=1)  # (B, T)
+    answers = model.answer(features)  # (B, T, C)
+    cosines = 1 - cosine_distance(answers, common.pick(targets[:, 1:], asked))  # (B, T)
+    (h, w), rows = model.encoder.grid, []
+    centre = h // 2 * w + w // 2
+    for i, image in enumerate(batch[0].to(device).float() / 255):
+        hidden = F.interpolate(rearrange(mask[i].to(device).float(), "(h w) -> 1 1 h w", h=h),
+                               size=image.shape[1:])[0]  # (1, H, W)
+        agreement = torch.full((3, h * w), 0.5, device=device)
+        agreement[:, asked[i]] = common.colour_map(cosines[i][None].float())[:, 0]
         similar = F.cosine_similarity(targets[i, 1:], targets[i, 1 + centre], dim=-1)  # (N,)
         similar = (similar - similar.min()) / (similar.max() - similar.min()).clamp(min=1e-6)
-        similar = common.colour_map(rearrange(similar, "(h w) -> h w", h=grid[0]))
-        similar[:, centre // grid[1], centre % grid[1]] = torch.tensor([1.0, 0.2, 0.2], device=device)
-        rows.append([image, seen, agreement, similar])
-    common.save_panels(path, rows, ["image", "visible patches", "answer vs teacher", "teacher, one patch"],
-                       "3rd: cosine, dark 0 to yellow 1, grey: not asked.  4th: similarity to the red patch, scaled per image.")
+        similar = common.colour_map(similar[None])[:, 0]  # (3, N)
+        similar[:, centre] = torch.tensor([1.0, 0.2, 0.2], device=device)
+        maps = [rearrange(tokens, "c (h w) -> c h w", h=h) for tokens in (agreement, similar)]
+        rows.append([image, torch.where(hidden > 0, 0.5, image), *maps])
+    common.save_panels(
+        path, rows, ["image", "visible patches", "answer vs teacher", "teacher: one patch"],
+        "3rd: cosine, dark 0 to yellow 1, grey if not asked.  4th: similarity to the red patch, "
+        "per image.")
 
 
-# ---------------------------------------------------------------------------------------------------
+def first_batch(samples, count=6):
+    """The same few samples each time, so that the pictures of a run can be compared."""
+    keys = [(0, index % len(samples.images)) for index in range(count)]
+    return torch.utils.data.default_collate([samples[key] for key in keys])
+
+
+# --------------------------------------------------------------------------------------------------
 # Train
 
 
 def inputs(batch, teacher, device):
-    """A batch of `Augment` to (student images, teacher images, mask): float32 on the device, each with its own mean/std.
-
-    The mask stays on the CPU, where `split_ids` reads it without making the GPU wait.
-    """
+    """A batch of `Augment` to (student images, teacher images, mask), images float32 on the device,
+    each with its own mean and std. The mask stays on the CPU, where `split_ids` reads it."""
     *crops, mask = batch
     crops = [crop.to(device, non_blocking=True) for crop in crops]
-    student = common.normalise(crops[0])
-    return student, common.normalise(crops[-1], teacher.preprocess_cfg["mean"], teacher.preprocess_cfg["std"]), mask
+    cfg = teacher.preprocess_cfg
+    return common.normalise(crops[0]), common.normalise(crops[-1], cfg["mean"], cfg["std"]), mask
 
 
 def build(config, target_dim):
     """The model of a configuration, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    return CAEv2(config.img_size, config.patch_size, config.embed_dim, config.depth, config.num_heads, target_dim, config.regressor_dim,
-                 config.regressor_depth, config.regressor_heads, config.init_values, config.drop_path)
+    return CAEv2(config.img_size, config.patch_size, config.embed_dim, config.depth,
+                 config.num_heads, target_dim, config.regressor_dim, config.regressor_depth,
+                 config.regressor_heads, config.init_values, config.drop_path)
 
 
 def start_from(model, path):
-    """Loads --init FILE: our last.pt or encoder.safetensors, or the authors' pre-training checkpoint."""
-    if str(path).endswith(".safetensors"):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no checkpoint file at {path}")
-        state, target = load_file(path), model.encoder
+    """--init FILE: our last.pt or encoder.safetensors, or the authors' pre-training checkpoint."""
+    if path.endswith(".safetensors"):
+        target, state = model.encoder, common.read_safetensors(path)
     else:
-        state, target = common.read_checkpoint(path), model
-        ours = state.get("method") == "cae_v2"
-        state = state.get("model", state)
-        if not ours:
+        target, file = model, common.read_checkpoint(path)
+        state = file.get("model", file)
+        if file.get("method") != "cae_v2":
             return load_official(model, state)
     try:
         target.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"--init {path} does not fit this model: {str(error).splitlines()[1].strip()[:200]}") from error
+        raise ValueError(f"--init {path} does not fit this model: {reason(error)}") from error
+
+
+def prepare(config, processes):
+    """(teacher, model) on the device. The main process fetches weights, the others wait for it."""
+    if not processes.main:
+        processes.wait()
+    teacher = load_teacher(config.teacher, teacher_size(config.teacher, config.grid))
+    if processes.main:
+        processes.wait()
+    # Cast once [D3]: autocast would cast the weights anew in each step.
+    bf16 = common.uses_bf16(processes.device, config.precision)
+    teacher.to(processes.device, torch.bfloat16 if bf16 else torch.float32)
+    model = build(config, teacher.output_dim)
+    if config.init:
+        start_from(model, config.init)
+    if config.supervise == "visible" or config.num_masked == 0:  # the regressor does not run
+        model.regressor.requires_grad_(False)
+        model.mask_token.requires_grad_(False)
+    return teacher, model.to(processes.device)
 
 
 def train(config, run, processes):
-    """Pre-training, start to end: lr, forward, backward, step, log, save."""
+    """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = processes.device
     images = common.find_data(config.data, "pretrain", config.img_size)
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, processes.world)
+    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
+                            processes.world)
     teacher, model = prepare(config, processes)
     samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for blocks in (model.encoder.blocks, model.regressor, teacher.transformer.resblocks):
             common.compile_blocks(blocks)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
+    groups = common.parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     if processes.main:
-        describe(config, run, plan, images, model, processes)
+        data = f"{len(images):,} images in {images.name}"
+        describe(config, model, plan, processes, data, run.folder)
     start = run.begin(processes, plan, model, optimizer, len(images))
     parallel = model if processes.world == 1 else nn.parallel.DistributedDataParallel(
         model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -670,17 +734,18 @@ def train(config, run, processes):
         for micro in range(plan.accumulation):
             student, teacher_images, mask = inputs(run.next_batch(batches), teacher, device)
             targets = clip_targets(teacher, teacher_images)
-            # Drop path is the one draw made here; with a seed of its own it needs no saved generator.
-            torch.manual_seed(common.seed_for(config.seed, "step", step, plan.first_row(micro, processes)))
-            last = micro == plan.accumulation - 1
-            with nullcontext() if last or processes.world == 1 else parallel.no_sync():
+            # Drop path is the one draw made here; seeded like this, it needs no saved generator.
+            row = plan.first_row(micro, processes)
+            torch.manual_seed(common.seed_for(config.seed, "step", step, row))
+            more_to_come = processes.world > 1 and micro < plan.accumulation - 1
+            with parallel.no_sync() if more_to_come else nullcontext():
                 with common.autocast(device, config.precision):
                     loss, parts = parallel(student, mask, targets, config.supervise)
                 (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
 
-        # One wait for the device per step buys that a bad batch never reaches the weights. The norm is
-        # that of the summed gradient, so all processes decide alike.
+        # Waiting for the device here, once a step, buys that no bad gradient ever reaches the
+        # weights [D8]. The norm is that of the summed gradient: all processes decide alike.
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         if grad_norm.isfinite():
             optimizer.step()
@@ -688,115 +753,87 @@ def train(config, run, processes):
         else:
             run.skipped, failures = run.skipped + 1, failures + 1
             if failures == 10:
-                raise ValueError(f"ten steps in a row up to {step + 1} had no finite gradient: the last checkpoint in {run.folder} is "
-                                 "good; start again from it with --init, --fresh and a lower --lr, or with --precision fp32")
+                raise ValueError(f"no finite gradient in ten steps up to {step + 1}: give "
+                                 f"{run.checkpoint} as --init with --fresh and a lower --lr")
         optimizer.zero_grad(set_to_none=True)
 
         run.log(step + 1, lr, grad_norm)
-        run.expect(step + 1)
         stopping = run.stopping()
         if (step + 1) % save_every == 0 or step + 1 == stop or stopping:
             run.save(model, optimizer, step + 1)
             if processes.main:
-                preview(run.folder / "preview.png", config, model, teacher, first_samples(samples), device)
+                picture = run.folder / "preview.png"
+                preview(picture, config, model, teacher, first_batch(samples), device)
                 model.train()
         if stopping:
             break
     run.close()
-    return step + 1
 
 
-def prepare(config, processes):
-    """(teacher, model) on the device. The main process fetches the teacher's weights, the others wait and read its cache."""
-    if not processes.main:
-        processes.wait()
-    teacher = load_teacher(config.teacher, teacher_size(config.teacher, config.grid))
-    if processes.main:
-        processes.wait()
-    # Cast once: autocast would cast the weights again in each step.
-    teacher.to(processes.device, torch.bfloat16 if common.uses_bf16(processes.device, config.precision) else torch.float32)
-    model = build(config, teacher.output_dim)
-    if config.init:
-        start_from(model, config.init)
-    if config.supervise == "visible" or config.num_masked == 0:
-        for parameter in [model.mask_token, *model.regressor.parameters()]:
-            parameter.requires_grad_(False)  # the regressor does not run
-    return teacher, model.to(processes.device)
-
-
-def first_samples(samples, count=6):
-    """The same few samples each time, so that pictures of a run can be compared."""
-    return torch.utils.data.default_collate([samples[0, index % len(samples.images)] for index in range(count)])
-
-
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Main
 
 
-def describe(config, run, plan, images, model, processes):
-    """Prints the resolved recipe: what will be trained on what, with numbers as equations."""
-    def millions(parameters):
-        return f"{sum(parameter.numel() for parameter in parameters) / 1e6:.2f} M"
+def describe(config, model, plan, processes, data, folder):
+    """Prints the resolved recipe, with its numbers as equations."""
+    total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
+    bf16 = common.uses_bf16(processes.device, config.precision)
+    scaled = config.lr * plan.batch_size / 2048
+    note = f" (linear scaling from the paper's 2048 would give {scaled:.2e})"
+    print(f"CAE v2   {config.model}: {total:,} parameters, {encoder:,} of them in the encoder\n"
+          f"task     {config.num_masked} of {config.grid**2} patches hidden ({config.mask}), "
+          f"supervised: {config.supervise}, teacher: {config.teacher}\n"
+          f"data     {data}\n"
+          f"batch    {plan.batch_size} = {processes.world} processes x {plan.accumulation} micro "
+          f"batches x {plan.micro_batch} images\n"
+          f"lr       {config.lr:.2e} at the peak, absolute{note if scaled != config.lr else ''}\n"
+          f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}, "
+          f"{config.warmup_epochs:g} epochs of warm-up\n"
+          f"device   {processes.device}, {'bf16' if bf16 else 'fp32'}\n"
+          f"files    {folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png",
+          flush=True)
 
-    scaled = config.lr * config.batch_size / 2048
-    note = "" if config.batch_size == 2048 else f"; not scaled to this batch, linear scaling would give {scaled:.2e}"
-    print(f"CAE v2 {config.model}: {millions(model.parameters())} parameters, encoder {millions(model.encoder.parameters())}; "
-          f"{config.num_masked} of {config.grid**2} patches hidden ({config.mask}), supervised: {config.supervise}\n"
-          f"teacher  {config.teacher}\n"
-          f"data     {len(images)} images in {images.name}\n"
-          f"batch    {plan.batch_size} = {processes.world} processes x {plan.accumulation} micro batches x {plan.micro_batch} images\n"
-          f"lr       {config.lr:.2e} peak, absolute as in the paper's code at batch 2048{note}\n"
-          f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch} (warm-up {config.warmup_epochs:g} epochs)"
-          f"{f', from step {run.start}' if run.start else ''}\n"
-          f"device   {processes.device} x {processes.world}, precision {'bf16' if common.uses_bf16(processes.device, config.precision) else 'fp32'}\n"
-          f"files    {run.folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png", flush=True)
 
-
-def dry_run(config):
-    """Prints parameters, operations, memory and recipe without data, weights or a GPU: the models are built without storage."""
-    name, _, teacher_cfg = teacher_config(config.teacher)
-    size = teacher_size(config.teacher, config.grid)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    plan = common.make_plan(1_281_167, config.batch_size, config.micro_batch, config.epochs, world)
+def dry_run(config, folder):
+    """Prints recipe and cost without data, weights or a GPU: models on torch's meta device."""
+    name, _, clip = teacher_config(config.teacher)
+    N, M, size = config.grid**2, config.num_masked, teacher_size(config.teacher, config.grid)
+    processes = common.Processes(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
+    plan = common.make_plan(1_281_167, config.batch_size, config.micro_batch, config.epochs,
+                            processes.world)
     with torch.device("meta"):
-        model = build(config, teacher_cfg["embed_dim"])
-        teacher = image_tower(name, "meta")
-    teacher.positional_embedding = nn.Parameter(torch.empty(1 + config.grid**2, teacher.conv1.out_channels, device="meta"))
-    teacher.output_tokens = True
-    mask = common.random_masks(1, config.grid**2, config.num_masked)
-    image, targets = torch.empty(1, 3, config.img_size, config.img_size, device="meta"), []
-    teacher_flops = common.count_flops(lambda: targets.append(clip_targets(teacher, image.new_empty(1, 3, size, size))))
-    flops = common.count_flops(lambda: model(image, mask, targets[0], config.supervise)[0].backward())
-    parameters, frozen = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in teacher.parameters())
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    V, M = config.grid**2 - config.num_masked, config.num_masked
-    # Rule of thumb: 36 bytes x width x tokens x blocks of saved activations per image under bf16 autocast.
-    activations = 36 * (config.embed_dim * (1 + V) * config.depth + config.regressor_dim * (V + M) * config.regressor_depth)
-    memory = 16 * parameters + 2 * frozen + activations * plan.micro_batch
-    print(f"CAE v2 {config.model}, nothing is loaded or trained\n"
-          f"parameters  {parameters:,} (encoder {encoder:,}), teacher {config.teacher} {frozen:,}\n"
-          f"operations  {(flops + teacher_flops) / 1e9:.1f} GFLOP per image and step, of which the teacher {teacher_flops / 1e9:.1f}\n"
-          f"memory      about {memory / 2**30:.1f} GiB per process at micro batch {plan.micro_batch} (a rule of thumb for bf16)\n"
-          f"batch       {plan.batch_size} = {world} processes x {plan.accumulation} micro batches x {plan.micro_batch} images\n"
-          f"steps       {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}, for ImageNet-1K's 1,281,167 images\n"
-          f"recipe      {json.dumps({name: value for name, value in vars(config).items() if value != ''})}")
+        model, teacher = build(config, clip["embed_dim"]), image_tower(name, "meta")
+        teacher.positional_embedding = nn.Parameter(torch.empty(1 + N, clip["vision_cfg"]["width"]))
+        teacher.output_tokens, targets = True, torch.empty(1, 1 + N, clip["embed_dim"])
+        image, teacher_image = (torch.empty(1, 3, side, side) for side in (config.img_size, size))
+    mask = common.random_masks(1, N, M)
+    flops = common.count_flops(lambda: model(image, mask, targets, config.supervise)[0].backward())
+    teacher_flops = common.count_flops(lambda: clip_targets(teacher, teacher_image))
+    # Saved activations under bf16: about 36 bytes per width, token and block (a rule of thumb).
+    activations = 36 * (config.embed_dim * (1 + N - M) * config.depth
+                        + config.regressor_dim * N * config.regressor_depth)
+    weights, frozen = (sum(p.numel() for p in part.parameters()) for part in (model, teacher))
+    memory = (16 * weights + 2 * frozen + activations * plan.micro_batch) / 2**30
+    describe(config, model, plan, processes, "1,281,167 images assumed (ImageNet-1K)", folder)
+    print(f"cost     {(flops + teacher_flops) / 1e9:.1f} GFLOP per image and step, "
+          f"{teacher_flops / 1e9:.1f} of them in the teacher of {frozen:,} parameters\n"
+          f"memory   roughly {memory:.1f} GiB per process in bf16\n"
+          f"recipe   {json.dumps(vars(config))}")
 
 
 def main(argv=None):
     config = common.parse_config(Config, __doc__, SIZES, DEMO, argv)
+    run = common.Run("cae_v2", config, f"runs/cae_v2_{'demo' if config.demo else config.model}")
     if config.dry_run:
-        return dry_run(config)
-    run = common.Run("cae_v2", config, "runs/cae_v2_demo" if config.demo else f"runs/cae_v2_{config.model}")
+        return dry_run(config, run.folder)
     if config.preview:
         return draw(config, run)
     if run.finished:
-        return print(f"the run in {run.folder} is finished at step {run.start}; its encoder is {run.folder / 'encoder.safetensors'}. "
-                     "Give --fresh for a new run.")
+        return print(f"the run in {run.folder} is finished, step {run.start}: --fresh starts anew")
     with common.processes(config.device) as processes:
-        step = train(config, run, processes)
-    if processes.main:
-        print(f"stopped at step {step}; {run.folder}/ holds preview.png, log.jsonl, encoder.safetensors and last.pt")
-    run.exit()
+        train(config, run, processes)
+        if processes.main:
+            print(f"done: {run.folder}/ holds preview.png, log.jsonl, encoder.safetensors, last.pt")
 
 
 def draw(config, run):
@@ -807,9 +844,9 @@ def draw(config, run):
         if run.state:
             model.load_state_dict(run.state["model"])
         samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)
-        teacher.float()
-        preview(config.preview, config, model, teacher, first_samples(samples), processes.device)
-    print(f"drew {config.preview} from {run.checkpoint if run.state else config.init or 'untrained weights'}")
+        preview(config.preview, config, model, teacher, first_batch(samples), processes.device)
+    weights = run.checkpoint if run.state else config.init or "untrained weights"
+    print(f"drew {config.preview} from {weights}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The ground that the method files stand on: a ViT, masks, data, and the plumbing of a training run.
+"""The ground that the method files stand on: a ViT, masks, data, the plumbing of a training run.
 
 It names no method and calls nothing back: whatever differs between the papers (corruption, target,
-loss, initialisation, recipe, loop) stands in the method files. Each public piece can be lifted out alone.
+loss, initialisation, recipe, loop) stands in the method files. Each piece can be lifted out alone.
 
     1  ViT               the encoder, with the state-dict keys of timm's VisionTransformer
     2  patches, masks    patchify, sin-cos tables, which tokens are hidden
@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -36,7 +37,8 @@ import torch.distributed
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
@@ -46,7 +48,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VERSION = 1  # of the files written here
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1  ViT
 
 
@@ -76,7 +78,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the rows of `qkv` are ordered q, k, v and head-major inside each."""
+    """Multi-head self-attention; the rows of `qkv` are ordered q, k, v, head-major inside each."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -142,27 +144,31 @@ class ViT(nn.Module):
     Pre-norm, LayerNorm eps 1e-6, exact GELU. Sizes and patch may be `(H, W)` pairs, any number of
     channels works. The position table is fixed (no gradient) and starts as sin-cos, column first;
     a method with another table calls `set_positions`. Linear layers start Xavier-uniform with zero
-    biases, the class token from N(0, 0.02), as in MAE [code]; what a method does otherwise it does itself.
-    Raises ValueError for an image that the patch does not tile, and for heads that do not divide the width.
+    biases, the class token from N(0, 0.02), as in MAE [code]; a method that differs says so itself.
+    Raises ValueError for an image that the patch does not tile, heads that do not divide the width.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12,
-                 mlp_ratio=4.0, class_token=True, init_values=None, drop_path_rate=0.0):
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
+                 num_heads=12, mlp_ratio=4.0, class_token=True, init_values=None,
+                 drop_path_rate=0.0):
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
         if any(size % patch for size, patch in zip(self.img_size, self.patch_size)):
-            raise ValueError(f"image size {self.img_size} is not a multiple of the patch size {self.patch_size}")
+            raise ValueError(f"image size {self.img_size} is not a multiple of the patch size "
+                             f"{self.patch_size}")
         self.grid = tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
         # What a file must carry so that the same encoder can be built again.
-        self.config = dict(img_size=list(self.img_size), patch_size=list(self.patch_size), in_chans=in_chans,
-                           embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
-                           class_token=class_token, init_values=init_values)
+        self.config = dict(img_size=list(self.img_size), patch_size=list(self.patch_size),
+                           in_chans=in_chans, embed_dim=embed_dim, depth=depth,
+                           num_heads=num_heads, mlp_ratio=mlp_ratio, class_token=class_token,
+                           init_values=init_values)
         tokens = math.prod(self.grid) + class_token
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, init_values, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, init_values, rate)
+                                    for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         xavier_init(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
@@ -171,16 +177,17 @@ class ViT(nn.Module):
         self.set_positions(sincos_2d(embed_dim, self.grid))
 
     def set_positions(self, table):
-        """Sets the fixed position table from (N, D); a class token gets a row of zeros before it."""
+        """Sets the fixed position table from (N, D); a class token has a row of zeros before it."""
         with torch.no_grad():
             self.pos_embed.zero_()
             self.pos_embed[0, -len(table):] = table.to(self.pos_embed)
 
     def embed(self, images, mask=None):
         """(B, C, H, W) images to (B, 1+V, D) tokens before the first block."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != (self.config["in_chans"], *self.img_size):
+        expected = (self.config["in_chans"], *self.img_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images of shape {tuple(images.shape)} were given, this ViT expects "
-                             f"(B, {self.config['in_chans']}, {self.img_size[0]}, {self.img_size[1]})")
+                             f"(B, {expected[0]}, {expected[1]}, {expected[2]})")
         P, Q = self.patch_size
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=Q)  # (B, N, C*P*P)
         positions = self.pos_embed[:, -patches.shape[1]:].expand(len(images), -1, -1)  # (B, N, D)
@@ -194,7 +201,7 @@ class ViT(nn.Module):
         return torch.cat([cls, x], dim=1)  # (B, 1+V, D)
 
     def forward(self, images, mask=None):
-        """(B, C, H, W) images, mask (B, N) bool with True = hidden, to (B, 1+V, D) after the final norm.
+        """Images (B, C, H, W), mask (B, N) bool with True = hidden, to normed tokens (B, 1+V, D).
 
         Only visible tokens are computed, in ascending patch order, class token first.
         """
@@ -204,8 +211,8 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def layers(self, images, indices, mask=None, norm=False):
-        """Outputs of the blocks in `indices` (0-based, negative counts from the end), each (B, 1+V, D),
-        with the final norm applied if `norm`."""
+        """Outputs of the blocks in `indices` (0-based, negative counts from the end), each
+        (B, 1+V, D), with the final norm applied if `norm`."""
         depth = len(self.blocks)
         if not all(-depth <= index < depth for index in indices):
             raise ValueError(f"block indices {list(indices)} are outside a depth of {depth}")
@@ -218,11 +225,11 @@ class ViT(nn.Module):
 
 def pair(size):
     """An int or an (H, W) pair, as a pair of ints."""
-    return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[0]), int(size[1]))
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def xavier_init(module):
-    """Every Linear below `module`: Xavier-uniform weight (a fused qkv counts as one matrix), zero bias."""
+    """Every Linear below `module`: Xavier-uniform weight (fused qkv as one matrix), zero bias."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -233,8 +240,8 @@ def xavier_init(module):
 def freeze_key_bias(vit):
     """Keeps the key third of every qkv bias as it is (zero in a new ViT), for methods without one.
 
-    A key bias adds the same number to all logits of a query, so it changes no output; frozen, it also
-    stays at exactly zero instead of collecting rounding noise from the optimiser.
+    A key bias adds the same number to all logits of a query, so it changes no output; frozen, it
+    also stays at exactly zero instead of collecting rounding noise from the optimiser.
     """
     def zero_key_third(grad):
         q, k, v = grad.chunk(3)
@@ -245,17 +252,17 @@ def freeze_key_bias(vit):
 
 
 def compile_blocks(blocks):
-    """torch.compile block by block, in place: state-dict keys stay clean and the blocks share one program."""
+    """torch.compile per block, in place: state-dict keys stay clean, blocks share one program."""
     for block in blocks:
         block.compile()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2  patches, masks
 
 
 def patchify(images, patch_size):
-    """(B, C, H, W) to (B, N, P*P*C), patches in raster order, each in (row, column, channel) order."""
+    """(B, C, H, W) to (B, N, P*P*C): patches in raster order, each as (row, column, channel)."""
     P, Q = pair(patch_size)
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=P, q=Q)
 
@@ -270,8 +277,8 @@ def sincos_2d(dim, grid, first="column"):
     """Fixed 2-D sin-cos position table, (N, dim) float32, rows in raster order.
 
     With frequencies w_k = 10000^(-k / (dim/4)), k = 0 .. dim/4-1, one half of the width is
-    [sin(c w), cos(c w)] of one integer coordinate, the other half that of the other one. Both orders
-    exist: `first="column"` in facebookresearch/mae, `first="row"` in CAE v2 and mmpretrain.
+    [sin(c w), cos(c w)] of one integer coordinate, the other half that of the other one. Both
+    orders exist: `first="column"` in facebookresearch/mae, `first="row"` in mmpretrain and CAE.
     """
     if dim % 4:
         raise ValueError(f"a 2-D sin-cos table needs a width that is a multiple of 4, not {dim}")
@@ -279,7 +286,8 @@ def sincos_2d(dim, grid, first="column"):
         raise ValueError(f"first is 'column' or 'row', not {first!r}")
     rows, columns = pair(grid)
     omega = 10000.0 ** (-torch.arange(dim // 4, device="cpu") / (dim / 4))  # (dim/4,)
-    row, column = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(rows, device="cpu"),
+                                 torch.arange(columns, device="cpu"), indexing="ij")
     halves = []
     for coordinate in (column, row) if first == "column" else (row, column):
         angles = coordinate.flatten()[:, None] * omega  # (N, dim/4)
@@ -296,7 +304,8 @@ def random_masks(batch, num_patches, num_masked, generator=None):
 
 def check_num_masked(num_masked, num_patches):
     if not 0 <= num_masked < num_patches:
-        raise ValueError(f"{num_masked} hidden patches were asked for, {num_patches} patches allow 0 to {num_patches - 1}")
+        raise ValueError(f"{num_masked} hidden patches were asked for, {num_patches} patches allow "
+                         f"0 to {num_patches - 1}")
 
 
 def split_ids(mask):
@@ -308,7 +317,8 @@ def split_ids(mask):
     num_masked = mask.sum(dim=1)
     M = int(num_masked[0])
     if not bool((num_masked == M).all()):
-        raise ValueError(f"every row of a mask must hide the same number of patches, got {num_masked.tolist()}")
+        raise ValueError("every row of a mask must hide the same number of patches, "
+                         f"got {num_masked.tolist()}")
     order = mask.byte().argsort(dim=1, stable=True)  # (B, N)
     return order[:, : mask.shape[1] - M], order[:, mask.shape[1] - M:]
 
@@ -318,16 +328,16 @@ def pick(tokens, ids):
     return torch.take_along_dim(tokens, ids[:, :, None], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3  randomness
 
 
 def seed_for(*key):
-    """A 63-bit seed from a tuple of ints and strings, the same on every machine and in every process."""
+    """A 63-bit seed from ints and strings, the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4  data
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -337,7 +347,7 @@ class Images(torch.utils.data.Dataset):
     """Images with optional labels: `dataset[index]` is (uint8 image (3, H, W), label or -1).
 
     `source` is a list of files, or a uint8 tensor (n, 3, H, W). File names are held as two tensors:
-    a list of a million strings would be copied into every worker, page by page, as Python counts references.
+    a list of a million strings would be copied into every worker, as Python counts references.
     """
 
     def __init__(self, source, labels=None, classes=(), name=""):
@@ -377,10 +387,10 @@ def read_image(path):
 def find_data(spec, split, img_size=32, num_scenes=20_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
-    SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a folder:
-    ImageNet's layout (train/ and val/, validation/ or test/, a folder per class), or, for pre-training,
-    any folder of images, flat or nested, without labels. Empty means $IMAGENET or data/imagenet.
-    Raises FileNotFoundError or ValueError with what is missing; the first image is read to make sure.
+    SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
+    folder: ImageNet's layout (train/ and val/, validation/ or test/, with a folder per class), or,
+    for pre-training, any folder of images, flat or nested. Empty: $IMAGENET or data/imagenet.
+    Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
     """
     if spec == "scenes":
         return scenes_data(split, img_size, num_scenes)
@@ -389,13 +399,13 @@ def find_data(spec, split, img_size=32, num_scenes=20_000):
     root = Path(spec or os.environ.get("IMAGENET") or "data/imagenet").expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no data folder at {root}: give one with --data FOLDER (any folder of images, or ImageNet's train/ and "
-            "val/), set the variable IMAGENET, or try the built-in data with --demo")
-    names = {"pretrain": ("train",), "train": ("train",), "val": ("val", "validation", "test")}[split]
+            f"no data folder at {root}: give one with --data FOLDER (any folder of images, or "
+            "ImageNet's train/ and val/), set the variable IMAGENET, or try the built-in --demo")
+    names = ("val", "validation", "test") if split == "val" else ("train",)
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None and split != "pretrain":
-        raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/, which holds the images to "
-                                f"{'learn from' if split == 'train' else 'test on'}, one folder per class")
+        raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images to "
+                                f"{'test on' if split == 'val' else 'learn from'}, by class")
     folder = folder or root
     files = list_images(folder)
     if not files:
@@ -406,7 +416,8 @@ def find_data(spec, split, img_size=32, num_scenes=20_000):
         tops = [os.path.relpath(path, folder).split(os.sep) for path in files]
         loose = next((path for path, parts in zip(files, tops) if len(parts) == 1), None)
         if loose:
-            raise ValueError(f"{loose} lies outside the class folders of {folder}: give each class a folder of its own")
+            raise ValueError(f"{loose} lies outside the class folders of {folder}: "
+                             "give each class a folder of its own")
         ids = {name: index for index, name in enumerate(sorted({parts[0] for parts in tops}))}
         images = Images(files, [ids[parts[0]] for parts in tops], ids, name=str(folder))
     images[0]
@@ -414,7 +425,7 @@ def find_data(spec, split, img_size=32, num_scenes=20_000):
 
 
 def list_images(folder):
-    """All image files below `folder`, sorted, so that every process and every run sees one order."""
+    """All image files below `folder`, sorted: every process and every run sees the same order."""
     found = []
     for path, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
@@ -440,17 +451,19 @@ def cifar10_data(split):
         data = datasets.CIFAR10(root, train=split != "val")
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"no CIFAR-10 under {root}: set the variable CIFAR10 to the folder that holds cifar-10-batches-py, or fetch it with "
-            f"python -c \"import torchvision; torchvision.datasets.CIFAR10('{root}', download=True)\"") from error
-    return Images(rearrange(torch.from_numpy(data.data), "n h w c -> n c h w"), data.targets, data.classes, "cifar10")
+            f"no CIFAR-10 under {root}: set the variable CIFAR10 to the folder that holds "
+            "cifar-10-batches-py, or fetch it with python -c \"import torchvision; "
+            f"torchvision.datasets.CIFAR10('{root}', download=True)\"") from error
+    pixels = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w")
+    return Images(pixels, data.targets, data.classes, "cifar10")
 
 
 class Samples(torch.utils.data.Dataset):
     """Training samples: `samples[epoch, index]` is `transform(uint8 image (3, H, W))`.
 
-    The transform draws from torch's default generator, seeded per (seed, epoch, index): the sample is
-    the same in whatever worker, rank or order it is made. A file that cannot be read in the middle of a
-    run must not end the run: the next file stands in for it, and a line on stderr names it.
+    The transform draws from torch's default generator, seeded per (seed, epoch, index): a sample is
+    the same in whatever worker, rank or order it is made. A file that cannot be read must not end a
+    run in the middle of the night: the next file stands in for it, and a line on stderr names it.
     """
 
     def __init__(self, images, transform, seed):
@@ -471,11 +484,11 @@ class Samples(torch.utils.data.Dataset):
 
 
 class MicroBatches(torch.utils.data.Sampler):
-    """For steps start..stop-1, the (epoch, index) keys of this rank's micro batches, a list for each.
+    """For steps start..stop-1, the (epoch, index) keys of this rank's micro batches, a list each.
 
-    A step's global batch is a slice of the epoch's permutation; its rows are dealt out micro batch by micro
-    batch, so 1 rank x 8 micro batches, 2 x 4 and 8 x 1 see the same images. The last incomplete batch of an
-    epoch is dropped. One iterator runs through all epochs: workers start once.
+    A step's global batch is a slice of the epoch's permutation; its rows are dealt out micro batch
+    by micro batch, so 1 rank x 8 micro batches, 2 x 4 and 8 x 1 see the same images. The incomplete
+    last batch of an epoch is dropped. One iterator runs through all epochs: workers start once.
     """
 
     def __init__(self, num_images, plan, processes, seed, start, stop):
@@ -489,7 +502,8 @@ class MicroBatches(torch.utils.data.Sampler):
             if epoch != permuted:
                 generator = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
                 order, permuted = torch.randperm(self.num_images, generator=generator), epoch
-            rows = order[position * self.plan.batch_size: (position + 1) * self.plan.batch_size].tolist()
+            first = position * self.plan.batch_size
+            rows = order[first: first + self.plan.batch_size].tolist()
             for micro in range(self.plan.accumulation):
                 first = self.plan.first_row(micro, self.processes)
                 yield [(epoch, index) for index in rows[first: first + self.plan.micro_batch]]
@@ -497,9 +511,10 @@ class MicroBatches(torch.utils.data.Sampler):
 
 def training_loader(samples, plan, processes, config, start, stop):
     """A DataLoader over this rank's micro batches, from step `start` to before step `stop`."""
+    keys = MicroBatches(len(samples.images), plan, processes, config.seed, start, stop)
     return torch.utils.data.DataLoader(
-        samples, batch_sampler=MicroBatches(len(samples.images), plan, processes, config.seed, start, stop),
-        num_workers=config.workers, pin_memory=processes.device.type == "cuda",
+        samples, batch_sampler=keys, num_workers=config.workers,
+        pin_memory=processes.device.type == "cuda",
         prefetch_factor=4 if config.workers else None)
 
 
@@ -509,7 +524,7 @@ def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (images.float() / 255 - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5  processes
 
 
@@ -536,14 +551,6 @@ class Processes:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def first(self, value):
-        """The main process's plain value, in every process."""
-        if self.world > 1:
-            box = [value]
-            torch.distributed.broadcast_object_list(box, device=self.device)
-            return box[0]
-        return value
-
 
 @contextlib.contextmanager
 def processes(device="auto"):
@@ -551,24 +558,25 @@ def processes(device="auto"):
     rank, world, local = (int(os.environ.get(name, default))
                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine found {torch.cuda.device_count()} GPUs: "
-                             "start fewer processes (--nproc_per_node) or use --device cpu")
+            raise ValueError(f"process {local} finds {torch.cuda.device_count()} GPUs on this "
+                             "machine: start fewer (--nproc_per_node) or give --device cpu")
         torch.cuda.set_device(local)
     if device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps was given, but this machine has no MPS: use --device cpu")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield Processes(rank, world, torch.device(device, local) if device == "cuda" else torch.device(device))
+        yield Processes(rank, world, torch.device(device, local if device == "cuda" else None))
     finally:
         if world > 1:
             torch.distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6  optimisation
 
 
@@ -588,7 +596,7 @@ class Plan:
 
 
 def make_plan(num_images, batch_size, micro_batch, epochs, world):
-    """The `Plan` of a run. `micro_batch` 0 takes the largest divisor of a process's share up to 256.
+    """The `Plan` of a run. `micro_batch` 0: the largest divisor of a process's share up to 256.
 
     Raises ValueError for a batch that the processes cannot share or the data cannot fill.
     """
@@ -603,14 +611,14 @@ def make_plan(num_images, batch_size, micro_batch, epochs, world):
         micro_batch = max(size for size in divisors if size <= 256)
     if micro_batch not in divisors:
         nearest = min(divisors, key=lambda size: abs(size - micro_batch))
-        raise ValueError(f"--micro_batch {micro_batch} does not divide the {share} images of a process "
-                         f"({batch_size} / {world}): the nearest that does is {nearest}")
-    steps_per_epoch = num_images // batch_size
-    return Plan(batch_size, micro_batch, share // micro_batch, steps_per_epoch, epochs * steps_per_epoch)
+        raise ValueError(f"--micro_batch {micro_batch} does not divide the {share} images of a "
+                         f"process ({batch_size} / {world}): the nearest that does is {nearest}")
+    steps = num_images // batch_size
+    return Plan(batch_size, micro_batch, share // micro_batch, steps, epochs * steps)
 
 
 def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
-    """Linear warm-up from 0 that reaches `peak` at step warmup_steps - 1, then half a cosine from `peak` to `floor`."""
+    """Linear warm-up from 0, at `peak` in step warmup_steps - 1, then half a cosine to `floor`."""
     if step < warmup_steps:
         return peak * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -618,7 +626,7 @@ def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
 
 
 def parameter_groups(model, weight_decay):
-    """AdamW groups: trainable parameters with fewer than two dimensions, or named `.bias`, do not decay."""
+    """AdamW groups: parameters of fewer than two dimensions, or named `.bias`, do not decay."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -627,28 +635,29 @@ def parameter_groups(model, weight_decay):
 
 
 def autocast(device, precision):
-    """bf16 autocast for the forward pass; it needs no loss scaler. `auto` means bf16 on a GPU, fp32 elsewhere."""
+    """Autocast for the forward pass; bf16 has fp32's range, so there is no loss scaler."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 def uses_bf16(device, precision):
+    """`auto` means bf16 on a GPU, fp32 elsewhere."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def count_flops(run):
-    """Floating-point operations of `run()` as torch's counter sees them; works on the meta device."""
+    """Floating-point operations of `run()`, by torch's counter; works on the meta device too."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7  run folder
 
 
 def write_atomically(path, write):
-    """`write(temporary path)`, then rename: whoever is killed in between leaves the old file whole."""
+    """`write(temporary path)`, then rename: who is killed in between leaves the old file whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -662,17 +671,17 @@ def write_atomically(path, write):
 
 
 def save_encoder(vit, path, **info):
-    """Writes a ViT as safetensors under timm's names; the metadata carry its configuration and `info`."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vit.state_dict().items()}
+    """Writes a ViT as safetensors under timm's names; metadata: its configuration and `info`."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in vit.state_dict().items()}
     metadata = dict(kind="encoder", version=str(VERSION), config=json.dumps(vit.config),
                     **{key: str(value) for key, value in info.items()})
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 
 def read_checkpoint(path):
-    """A .pt or .pth file as a dict of plain data. Raises FileNotFoundError or ValueError, naming the file.
+    """A .pt or .pth file as a dict of plain data. Raises FileNotFoundError or ValueError.
 
-    Published MAE and CAE files carry an argparse.Namespace, which is allowed; anything beyond is refused.
+    Published MAE and CAE files carry an argparse.Namespace, which is allowed; nothing else is.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint file at {path}")
@@ -680,16 +689,27 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for files that are not its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty or cut off"
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason})") from error
+        reason = (str(error).strip() or "it is empty or cut off").splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason})"
+                         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     return state
 
 
+def read_safetensors(path):
+    """A .safetensors file as a dict of tensors. Raises FileNotFoundError or ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
+
+
 # What may differ when the same command starts again; any other changed field stops.
-MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "max_steps", "out", "demo",
-              "fresh", "preview", "dry_run"}
+MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "max_steps",
+              "out", "demo", "fresh", "preview", "dry_run"}
 
 
 class Run:
@@ -700,8 +720,7 @@ class Run:
 
     def __init__(self, method, config, default_out):
         self.method, self.config = method, config
-        self.folder = Path(config.out or default_out)
-        number = 1
+        self.folder, number = Path(config.out or default_out), 1
         while config.fresh and self.folder.exists():
             number += 1
             self.folder = Path(f"{config.out or default_out}-{number}")
@@ -710,38 +729,42 @@ class Run:
             self.state = read_checkpoint(self.checkpoint)
             self._check_same_run()
         self.start = self.state["step"] if self.state else 0
-        self.finished = bool(self.state) and self.start >= (config.max_steps or self.state["total_steps"])
+        stop = self.state and (config.max_steps or self.state["total_steps"])
+        self.finished = bool(stop) and self.start >= stop
 
     def _check_same_run(self):
         if self.state.get("method") != self.method:
-            raise ValueError(f"{self.checkpoint} was written by {self.state.get('method', 'another program')}, "
-                             f"not by {self.method}: choose another --out")
+            raise ValueError(f"{self.checkpoint} is not from {self.method}: give another --out")
         for name, now in dataclasses.asdict(self.config).items():
             before = self.state["config"].get(name, now)
             if name not in MAY_CHANGE and before != now:
-                raise ValueError(f"--{name} was {before!r} when the run in {self.folder} started and is {now!r} now: give "
-                                 "the old value to go on, or --fresh or another --out for a new run")
+                raise ValueError(
+                    f"--{name} was {before!r} when the run in {self.folder} started and is {now!r} "
+                    "now: give the old value to go on, or --fresh or another --out for a new run")
 
     def begin(self, processes, plan, model, optimizer, num_images):
-        """Restores the state of an interrupted run, writes config.json, trims the log; returns the first step."""
+        """Restores an interrupted run, writes config.json, trims the log; gives the first step."""
         self.processes, self.plan, self.num_images, self.skipped = processes, plan, num_images, 0
         if self.state:
             if self.state["num_images"] != num_images:
-                raise ValueError(f"the run in {self.folder} started with {self.state['num_images']} images, now there are "
-                                 f"{num_images}: restore the data, or give --fresh for a new run")
+                raise ValueError(
+                    f"the run in {self.folder} started with {self.state['num_images']} images, now "
+                    f"there are {num_images}: restore the data, or give --fresh for a new run")
             model.load_state_dict(self.state["model"])
             optimizer.load_state_dict(self.state["optimizer"])
             self.skipped = self.state["skipped"]
-            self.state = None  # the memory is worth more than the copy
+            self.state = None  # frees its memory
         if processes.main:
-            facts = dict(dataclasses.asdict(self.config), method=self.method, world=processes.world, **dataclasses.asdict(plan),
-                         num_images=num_images, torch=torch.__version__, command=" ".join(sys.argv))
-            write_atomically(self.folder / "config.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
+            facts = dict(dataclasses.asdict(self.config), **dataclasses.asdict(plan),
+                         method=self.method, world=processes.world, num_images=num_images,
+                         torch=torch.__version__, command=" ".join(sys.argv))
+            write_atomically(self.folder / "config.json",
+                             lambda path: path.write_text(json.dumps(facts, indent=1)))
             self._trim_log()
-        self.bar = tqdm(total=plan.total_steps, initial=self.start, unit="step", disable=None if processes.main else True)
-        self.sums, self.count, self.waited = {}, 0, 0.0
-        self.clock = self.opened = time.perf_counter()
-        self.logged = self.start
+        self.bar = tqdm(total=plan.total_steps, initial=self.start, unit="step",
+                        disable=None if processes.main else True)
+        self.sums, self.count, self.waited, self.logged = {}, 0, 0.0, self.start
+        self.clock = time.perf_counter()
         self.signal = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember_signal)
@@ -754,86 +777,95 @@ class Run:
         """Drops lines after the checkpoint, and a line that a killed process left half-written."""
         log = self.folder / "log.jsonl"
         if log.exists():
-            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            whole = [line for line in log.read_text().splitlines(True) if line.endswith("}\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= self.start]
             write_atomically(log, lambda path: path.write_text("".join(kept)))
 
     def next_batch(self, batches):
-        """The loader's next micro batch on the device, except the mask, which `split_ids` wants on the CPU."""
+        """The loader's next micro batch, the waiting counted."""
         before = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - before
-        return [tensor if tensor.dtype == torch.bool else tensor.to(self.processes.device, non_blocking=True)
-                for tensor in batch]
+        return batch
 
     def record(self, **values):
-        """Adds detached scalars to the averages of the next log line, without waiting for the device."""
+        """Adds scalars to the averages of the next log line, without waiting for the device."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
     def log(self, step, lr, grad_norm):
-        """Counts a finished step; every `log_every` steps writes one JSON line and prints one readable line."""
+        """Counts a finished step; every `log_every` steps one JSON line and one readable line."""
         self.bar.update(1)
-        since_start = step - self.start
-        if since_start == 10:
-            self.opened = time.perf_counter()
+        self._expect(step)
         if step % self.config.log_every and step != self.plan.total_steps:
             return
-        means = self.processes.sum(torch.stack(list(self.sums.values()))) / self.count / self.processes.world
+        sums = self.processes.sum(torch.stack(list(self.sums.values())))
+        means = (sums / self.count / self.processes.world).tolist()
         now = time.perf_counter()
-        seconds, steps = now - self.clock, step - self.logged
-        entry = dict(step=step, epoch=round(step / self.plan.steps_per_epoch, 4), **dict(zip(self.sums, means.tolist())),
-                     lr=lr, grad_norm=float(grad_norm), images_per_s=round(steps * self.plan.batch_size / seconds, 1),
-                     data_wait=round(self.waited / seconds, 3), memory_gb=round(memory_gb(self.processes.device), 2),
-                     eta_s=round((self.plan.total_steps - step) * seconds / steps), skipped=self.skipped)
+        per_step = (now - self.clock) / (step - self.logged)
+        entry = dict(
+            step=step, epoch=round(step / self.plan.steps_per_epoch, 4),
+            **dict(zip(self.sums, means)), lr=lr, grad_norm=float(grad_norm),
+            images_per_s=round(self.plan.batch_size / per_step, 1),
+            data_wait=round(self.waited / (now - self.clock), 3),
+            memory_gb=round(memory_gb(self.processes.device), 2),
+            eta_s=round((self.plan.total_steps - step) * per_step), skipped=self.skipped)
+        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in zip(self.sums, means))
         self.sums, self.count, self.waited, self.clock, self.logged = {}, 0, 0.0, now, step
         if self.processes.main:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.bar.set_postfix_str(f"{entry['images_per_s']:.0f} img/s, wait {entry['data_wait']:.0%}")
-            tqdm.write(self._readable(entry))
+            self._print(entry, losses)
 
-    def _readable(self, entry):
-        named = ("step", "epoch", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "eta_s", "skipped")
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in entry.items() if name not in named)
-        line = (f"step {entry['step']}/{self.plan.total_steps}  epoch {entry['epoch']:.2f}  {losses}  lr {entry['lr']:.2e}  "
-                f"grad {entry['grad_norm']:.2f}  {entry['images_per_s']:.0f} img/s  wait {entry['data_wait']:.0%}  "
-                f"{entry['memory_gb']:.1f} GB  left {hours(entry['eta_s'])}")
+    def _print(self, entry, losses):
+        speed = f"{entry['images_per_s']:.0f} img/s  wait {entry['data_wait']:.0%}"
+        self.bar.set_postfix_str(speed)
+        tqdm.write(
+            f"step {entry['step']}/{self.plan.total_steps}  epoch {entry['epoch']:.2f}  {losses}  "
+            f"lr {entry['lr']:.2e}  grad {entry['grad_norm']:.2f}  {speed}  "
+            f"{entry['memory_gb']:.1f} GB  left {duration(entry['eta_s'])}")
         if entry["data_wait"] > 0.25:
-            line += f"\n  input-bound: {entry['data_wait']:.0%} of the time is waiting for images; more --workers may help " \
-                    f"(now {self.config.workers} per process, this machine has {os.cpu_count()} cores)"
-        return line
+            tqdm.write(f"  input-bound: {entry['data_wait']:.0%} of the time waits for images; "
+                       f"more --workers may help (now {self.config.workers} per process, "
+                       f"{os.cpu_count()} cores)")
 
-    def expect(self, step):
-        """After 50 steps (the first 10 warm up and are not counted), one line on how long the run will take."""
+    def _expect(self, step):
+        """Says after 50 steps how long the run will take; the first 10 warm up and do not count."""
+        if step - self.start == 10:
+            self.opened = time.perf_counter()
         if step - self.start == 50 and self.processes.main:
-            per_step = (time.perf_counter() - self.opened) / 40
-            tqdm.write(f"at this speed ({self.plan.batch_size / per_step:.0f} img/s) the remaining "
-                       f"{self.plan.total_steps - step} steps take {hours((self.plan.total_steps - step) * per_step)}")
+            per_step, left = (time.perf_counter() - self.opened) / 40, self.plan.total_steps - step
+            tqdm.write(f"expect {duration(left * per_step)} for the remaining {left} steps, "
+                       f"at {self.plan.batch_size / per_step:.0f} img/s")
 
     def stopping(self):
         """Whether any process was asked to stop (SIGTERM, SIGINT), agreed by all."""
+        if self.processes.world == 1:
+            return self.signal is not None
         flag = torch.tensor(float(self.signal is not None), device=self.processes.device)
         return bool(self.processes.sum(flag) > 0)
 
     def save(self, model, optimizer, step):
-        """Writes last.pt, all that resuming needs, and encoder.safetensors, all that others need."""
+        """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need."""
         if self.processes.main:
-            state = dict(kind="pretraining", method=self.method, version=VERSION, config=dataclasses.asdict(self.config), step=step,
-                         total_steps=self.plan.total_steps, num_images=self.num_images, skipped=self.skipped, model=model.state_dict(), optimizer=optimizer.state_dict())
+            state = dict(kind="pretraining", method=self.method, version=VERSION,
+                         config=dataclasses.asdict(self.config), step=step,
+                         total_steps=self.plan.total_steps, num_images=self.num_images,
+                         skipped=self.skipped, model=model.state_dict(),
+                         optimizer=optimizer.state_dict())
             write_atomically(self.checkpoint, lambda path: torch.save(state, path))
-            save_encoder(model.encoder, self.folder / "encoder.safetensors", method=self.method, step=step)
-
-    def exit(self):
-        """Ends the program as a process that was asked to stop should: with 128 + the signal's number."""
-        if self.signal is not None:
-            sys.exit(128 + self.signal)
+            save_encoder(model.encoder, self.folder / "encoder.safetensors",
+                         method=self.method, step=step)
 
     def close(self):
         self.bar.close()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.signal is not None:
+            # The state is saved; the exit code tells a scheduler that the run is not finished.
+            tqdm.write("stopped by a signal after saving: the same command goes on from here")
+            sys.exit(128 + self.signal)
 
 
 def memory_gb(device):
@@ -848,81 +880,92 @@ def memory_gb(device):
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def hours(seconds):
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def duration(seconds):
+    """Seconds in words: 95 s, 12 min, 7.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8  pictures
 
 
 def save_panels(path, rows, captions, note=""):
-    """Writes rows of (3, H, W) float images in 0..1 as one PNG, a caption over each column, a note below."""
+    """Writes rows of (3, H, W) float images in 0..1 as one PNG: captions on top, a note below."""
     side, gap, head = 168, 6, 22
-    width, height = len(captions) * (side + gap) + gap, head + len(rows) * (side + gap) + (head if note else 0)
-    sheet = Image.new("RGB", (width, height), "white")
+    sheet = Image.new("RGB", (len(captions) * (side + gap) + gap,
+                              head + len(rows) * (side + gap) + (head if note else 0)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, caption in enumerate(captions):
-        draw.text((gap + column * (side + gap), 5), caption, fill="black")
+        left = gap + column * (side + gap)
+        draw.text((left, 5), caption, fill="black")
         for line, row in enumerate(rows):
-            pixels = (row[column].float().clamp(0, 1) * 255).round().byte()
-            image = Image.fromarray(rearrange(pixels, "c h w -> h w c").cpu().contiguous().numpy())
+            pixels = (row[column].float().clamp(0, 1) * 255).round().byte().cpu()
+            image = Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
             # Nearest, so that patches keep their edges and small images stay honest.
-            sheet.paste(image.resize((side, side), Image.NEAREST), (gap + column * (side + gap), head + line * (side + gap)))
-    if note:
-        draw.text((gap, height - head + 3), note, fill="black")
+            image = image.resize((side, side), Image.NEAREST)
+            sheet.paste(image, (left, head + line * (side + gap)))
+    draw.text((gap, sheet.height - head + 3), note, fill="black")
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 def colour_map(values):
-    """(H, W) values in 0..1 to (3, H, W): dark blue, teal, yellow, with rising lightness."""
-    anchors = torch.tensor([[0.19, 0.07, 0.33], [0.13, 0.45, 0.56], [0.37, 0.76, 0.38], [0.99, 0.91, 0.14]], device=values.device)
+    """(H, W) values in 0..1 to (3, H, W): dark violet, teal, green, yellow, rising in lightness."""
+    anchors = torch.tensor([[0.19, 0.07, 0.33], [0.13, 0.45, 0.56], [0.37, 0.76, 0.38],
+                            [0.99, 0.91, 0.14]], device=values.device)
     place = values.clamp(0, 1) * (len(anchors) - 1)
-    low = place.floor().clamp(max=len(anchors) - 2).long()
+    low = place.long().clamp(max=len(anchors) - 2)
     share = (place - low)[..., None]
     return rearrange(anchors[low] * (1 - share) + anchors[low + 1] * share, "h w c -> c h w")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 9  command line
 
 
 def flag(default, help):
-    """A dataclass field that is also a command-line flag; the help says where a default comes from."""
+    """A dataclass field that is also a command-line flag; the help names a default's source."""
     return dataclasses.field(default=default, metadata=dict(help=help))
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The flags that every pre-training script shares and that change no number, `seed` and `data` aside."""
+    """The flags that every pre-training script shares and that are no part of a recipe."""
 
     model: str = flag("vit_b", "size of the encoder")
-    data: str = flag("", "images: a folder, `cifar10` or `scenes` (default: $IMAGENET, else data/imagenet)")
+    data: str = flag("", "a folder, `cifar10` or `scenes` (default: $IMAGENET or data/imagenet)")
     out: str = flag("", "folder of the run (default: runs/METHOD_MODEL)")
     seed: int = flag(0, "of weights, order of images, crops, masks and drop path")
-    micro_batch: int = flag(0, "images that a process computes at once (default: its share of the batch, at most 256)")
-    workers: int = flag(-1, "data-loading processes per process (default: its share of the cores, at most 16)")
-    precision: typing.Literal["auto", "bf16", "fp32"] = flag("auto", "of the forward pass; auto: bf16 on a GPU, else fp32")
-    compile: typing.Literal["auto", "on", "off"] = flag("auto", "torch.compile per block; auto: on a GPU")
+    micro_batch: int = flag(0, "images computed at once (default: a process's share, at most 256)")
+    workers: int = flag(-1, "loader processes (default: this process's share of cores, at most 16)")
+    precision: typing.Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on GPU, else fp32")
+    compile: typing.Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on a GPU")
     device: typing.Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "where to compute")
     init: str = flag("", "file with the weights to start from")
     save_every: int = flag(0, "steps between checkpoints (default: an epoch)")
-    max_steps: int = flag(0, "stop at this step, counted from 0; the schedule stays that of --epochs")
+    max_steps: int = flag(0, "stop at this step, counted from 0; the schedule stays as it is")
     log_every: int = flag(20, "steps between log lines")
-    demo: bool = flag(False, "a small run on the built-in images, a minute or two on a laptop")
-    dry_run: bool = flag(False, "print the recipe and its cost, then exit; needs neither data nor weights")
+    demo: bool = flag(False, "a small run on the built-in images, about two minutes on a laptop")
+    dry_run: bool = flag(False, "print the recipe and its cost; needs neither data nor weights")
     preview: str = flag("", "draw what the model sees and answers to this PNG, then exit")
     fresh: bool = flag(False, "start a new numbered folder instead of going on with the run")
 
     def __post_init__(self):
-        for name in ("micro_batch", "save_every", "max_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
-        if self.log_every < 1:
-            raise ValueError(f"--log_every {self.log_every} must be at least 1")
+        check_range(self, 0, "micro_batch", "save_every", "max_steps", "seed")
+        check_range(self, 1, "log_every")
         if self.workers < 0:
             share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             object.__setattr__(self, "workers", min(share, 16))
+
+
+def check_range(config, lowest, *names):
+    """Raises ValueError for a field below `lowest`; `lowest` None asks for more than 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 if lowest is None else value >= lowest):
+            raise ValueError(f"--{name} {value:g} must be "
+                             f"{'greater than 0' if lowest is None else f'at least {lowest}'}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -931,58 +974,61 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(Config, description, sizes=None, demo=None, argv=None):
-    """The command line as a frozen `Config`; its fields are the flags, `-` and `_` spell the same one.
+    """The command line as a frozen `Config`; its fields are the flags, `-` and `_` spell the same.
 
     Order: default < size preset `sizes[model]` < `demo` values (with --demo) < what was typed.
     Raises ValueError for unknown, abbreviated or badly typed flags.
     """
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    types = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        names = [f"--{field.name}"] + ([f"--{field.name.replace('_', '-')}"] if "_" in field.name else [])
-        text = field.metadata["help"].replace("%", "%%")
-        choices = list(sizes) if field.name == "model" and sizes else typing.get_args(types[field.name]) or None
+    types, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
+    for field in fields:
+        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+        options = dict(dest=field.name, help=field.metadata["help"].replace("%", "%%"))
         if types[field.name] is bool:
-            parser.add_argument(*names, dest=field.name, action="store_true", help=text)
+            parser.add_argument(*names, action="store_true", **options)
             continue
-        if field.default not in ("", -1):
-            text += f" (default: {field.default})"
-        parser.add_argument(*names, dest=field.name, type=str if choices else types[field.name], choices=choices,
-                            help=text, metavar=None if choices else types[field.name].__name__.upper())
+        if field.default not in ("", -1, 0):
+            options["help"] += f" (default: {field.default})"
+        choices = typing.get_args(types[field.name]) or None
+        if field.name == "model" and sizes:
+            choices = list(sizes)
+        kind = str if choices else types[field.name]
+        parser.add_argument(*names, type=kind, choices=choices,
+                            metavar=None if choices else kind.__name__.upper(), **options)
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [f"--{field.name}" for field in dataclasses.fields(Config)]
-        near = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), known, n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
-    typed = vars(typed)
-    values = dict(demo or {}) if typed.get("demo") else {}
-    values.update(typed)
-    preset = sizes[values.get("model", next(f.default for f in dataclasses.fields(Config) if f.name == "model"))] if sizes else {}
+        known = [f"--{field.name}" for field in fields]
+        word = "--" + unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(word, known, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        parser.error(f"unknown argument {unknown[0]}{hint}")
+    values = {**(demo if demo and "demo" in typed else {}), **vars(typed)}
+    preset = sizes[values.get("model", Config.model)] if sizes else {}
     return Config(**{**preset, **values})
 
 
+OUT_OF_MEMORY = (
+    "out of memory: run the same command with a smaller --micro_batch (half of the present one is "
+    "a good try); the global batch stays the same, and the run goes on from its last checkpoint")
+
+
 def run_main(main):
-    """Runs a script's `main`; what the user can mend becomes one sentence on stderr and exit code 1."""
-    rank = int(os.environ.get("RANK", 0))
+    """Runs a script's `main`; what the user can mend becomes one sentence and exit code 1."""
     try:
         return main()
     except (ValueError, FileNotFoundError) as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.strerror or error}: {error.filename or 'a file of this run'}; what was saved before is untouched"
+        message = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
     except (torch.OutOfMemoryError, MemoryError):
         message = OUT_OF_MEMORY
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+        if not re.search("can't allocate memory|not enough memory", str(error)):
             raise
         message = OUT_OF_MEMORY
-    if rank:
-        time.sleep(3)  # the main process says it; another one speaks only if that one is still alive
-        message = f"[process {rank}] {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    rank = int(os.environ.get("RANK", 0))
+    if rank:  # the main process says it; another one speaks only if that one lives on
+        time.sleep(3)
+    print(f"error: {message}" + (f" [process {rank}]" if rank else ""), file=sys.stderr, flush=True)
     sys.exit(1)
-
-
-OUT_OF_MEMORY = ("out of memory: run the same command with a smaller --micro_batch (half of the present one is a good try); "
-                 "the global batch and the result stay the same, and the run goes on from its last checkpoint")

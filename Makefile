@@ -1,0 +1,29 @@
+# make demo    pre-train on the built-in images and probe the features, two minutes on a laptop
+# make test    the test suite
+# Both make .venv when it is missing. PYTHON=/path/to/python uses an existing environment instead.
+
+ifdef PYTHON
+ENVIRONMENT :=
+else
+PYTHON := .venv/bin/python
+ENVIRONMENT := .venv/ready
+endif
+
+# Threads that wait for each other by spinning make a busy machine several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test
+
+demo: $(ENVIRONMENT)
+	$(PYTHON) cae_v2.py --demo
+	@echo "probing the encoder ..."
+	@$(PYTHON) -m eval.linear_probe --checkpoint runs/cae_v2_demo/encoder.safetensors --data scenes
+
+test: $(ENVIRONMENT)
+	$(PYTHON) -m pytest
+
+.venv/ready: pyproject.toml
+	@echo "making .venv and installing torch, torchvision, einops, open_clip, tqdm, pytest (a few minutes)"
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q ".[test]"
+	@touch $@
