@@ -285,14 +285,15 @@ def resize_positions(table, grid):
 def teacher_config(spec):
     """open_clip's name, the tag or path, and the model's configuration of a `--teacher` value."""
     import open_clip
+    demo = Path(__file__).parent / "demo"
     if spec == "demo":
-        demo = Path(__file__).parent / "demo"
-        if not (demo / "tiny_clip.safetensors").exists():
+        spec = f"tiny_clip:{demo / 'tiny_clip.safetensors'}"
+    name, _, source = spec.partition(":")
+    if name == "tiny_clip":
+        if not (demo / "tiny_clip.json").exists():
             raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy "
                                     "it along, or name a CLIP model")
         open_clip.add_model_config(demo / "tiny_clip.json")
-        spec = f"tiny_clip:{demo / 'tiny_clip.safetensors'}"
-    name, _, source = spec.partition(":")
     if not source:
         raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, such as "
                          "ViT-B-16-quickgelu:openai, or `demo`")
@@ -720,13 +721,12 @@ def train(config, run, processes):
     parallel = model if processes.world == 1 else nn.parallel.DistributedDataParallel(
         model, broadcast_buffers=False, gradient_as_bucket_view=True)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
-    stop = min(config.max_steps or plan.total_steps, plan.total_steps)
     save_every = config.save_every or plan.steps_per_epoch
-    batches = iter(common.training_loader(samples, plan, processes, config, start, stop))
+    batches = iter(common.training_loader(samples, plan, processes, config, start, run.stop))
 
     model.train()
     failures = 0
-    for step in range(start, stop):
+    for step in range(start, run.stop):
         lr = common.learning_rate(step, config.lr, warmup_steps, plan.total_steps, config.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -759,7 +759,7 @@ def train(config, run, processes):
 
         run.log(step + 1, lr, grad_norm)
         stopping = run.stopping()
-        if (step + 1) % save_every == 0 or step + 1 == stop or stopping:
+        if (step + 1) % save_every == 0 or step + 1 == run.stop or stopping:
             run.save(model, optimizer, step + 1)
             if processes.main:
                 picture = run.folder / "preview.png"

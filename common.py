@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -384,7 +385,7 @@ def read_image(path):
                          "replace or remove the file") from error
 
 
-def find_data(spec, split, img_size=32, num_scenes=20_000):
+def find_data(spec, split, img_size=32, num_scenes=15_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
     SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
@@ -476,9 +477,9 @@ class Samples(torch.utils.data.Dataset):
                 image, _ = self.images[(index + substitute) % len(self.images)]
                 break
             except ValueError as error:
+                if substitute == 9:
+                    raise
                 print(f"warning: {error}; the next file stands in for it", file=sys.stderr)
-        else:
-            raise ValueError(f"ten files in a row cannot be read, the last one: {error}")
         torch.default_generator.manual_seed(seed_for(self.seed, "sample", epoch, index))
         return self.transform(image)
 
@@ -510,12 +511,21 @@ class MicroBatches(torch.utils.data.Sampler):
 
 
 def training_loader(samples, plan, processes, config, start, stop):
-    """A DataLoader over this rank's micro batches, from step `start` to before step `stop`."""
+    """A DataLoader over this rank's micro batches, from step `start` to before step `stop`.
+
+    Warns where the workers' batches may not fit in shared memory, which would kill them without a word.
+    """
     keys = MicroBatches(len(samples.images), plan, processes, config.seed, start, stop)
+    if config.workers and os.path.isdir("/dev/shm") and processes.main:
+        size = sum(tensor.nbytes for tensor in samples[0, 0]) * plan.micro_batch / 2**30
+        need = 2 * size * config.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = shutil.disk_usage("/dev/shm").free / 2**30
+        if need > free:
+            print(f"warning: the loader may need {need:.1f} GiB of shared memory, /dev/shm has "
+                  f"{free:.1f}: give fewer --workers, or docker a larger --shm-size", file=sys.stderr)
     return torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=config.workers,
-        pin_memory=processes.device.type == "cuda",
-        prefetch_factor=4 if config.workers else None)
+        pin_memory=processes.device.type == "cuda")
 
 
 def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -689,9 +699,12 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for files that are not its own
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = (str(error).strip() or "it is empty or cut off").splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason})"
-                         ) from error
+        if refused:
+            reason = (f"it holds an object of type {refused[1]}, which could run code; only tensors and "
+                      "plain data are read, so save the weights alone")
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     return state
@@ -765,6 +778,7 @@ class Run:
                         disable=None if processes.main else True)
         self.sums, self.count, self.waited, self.logged = {}, 0, 0.0, self.start
         self.clock = time.perf_counter()
+        self.stop = min(self.config.max_steps or plan.total_steps, plan.total_steps)
         self.signal = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember_signal)
@@ -798,7 +812,7 @@ class Run:
         """Counts a finished step; every `log_every` steps one JSON line and one readable line."""
         self.bar.update(1)
         self._expect(step)
-        if step % self.config.log_every and step != self.plan.total_steps:
+        if step % self.config.log_every and step != self.stop:
             return
         sums = self.processes.sum(torch.stack(list(self.sums.values())))
         means = (sums / self.count / self.processes.world).tolist()
@@ -1018,7 +1032,8 @@ def run_main(main):
     try:
         return main()
     except (ValueError, FileNotFoundError) as error:
-        message = str(error)
+        # From a loader's worker the sentence comes below a traceback.
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
     except (torch.OutOfMemoryError, MemoryError):

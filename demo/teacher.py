@@ -8,9 +8,9 @@ in the repository, is loaded by the same open_clip code, and is quick enough on 
     stage 2           CLIP (arXiv 2103.00020): images against captions
 
 Stage 1 is no luxury. Stage 2 alone first learns what lowers the loss soonest, the colours and skies
-that captions name, and in as many steps not the shapes: SCRATCH.
+that captions name, and is slow to find the shapes.
 
-    python -m demo.teacher        about ten minutes on one core; demo/README.md has the numbers
+    python -m demo.teacher        about twelve minutes on one core: demo/README.md
 
 All is drawn from SEED and runs a fixed number of steps: a second run on the same machine gives the
 same weights. The result is written at the very end, so a run that is killed changes nothing.

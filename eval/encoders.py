@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import common
 
@@ -90,7 +90,7 @@ def read_state(path):
             raise ValueError(f"{path} cannot be read as a safetensors file ({error}): it is cut off or of "
                              "another kind, fetch or write it again") from error
     else:
-        content = read_pickle(path)
+        content = common.read_checkpoint(path)
         known = content.get("config")
         inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)]
         content = inner[0] if inner else content
@@ -101,20 +101,7 @@ def read_state(path):
     return state, {key: known[key] for key in ("num_heads", "img_size", "init_values") if known.get(key)}
 
 
-def read_pickle(path):
-    """`common.read_checkpoint`; where it refuses a file for an object in it, the sentence names its type."""
-    try:
-        return common.read_checkpoint(path)
-    except ValueError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error.__cause__))
-        if not refused:
-            raise
-        raise ValueError(f"{path} was refused: it holds an object of type {refused[1]}, and only tensors and "
-                         "plain data are read, as anything else could run code; save the weights alone "
-                         "(torch.save(model.state_dict(), FILE)) and load that file") from error
-
-
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # formats
 
 
@@ -149,7 +136,7 @@ def from_cae_v2(weights):
     return renamed
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # from timm's names to a ViT
 
 
@@ -251,7 +238,7 @@ def report(path, form, vit, grid, ignored, assumed):
     print(f"ignored  {', '.join(f'{name} ({count})' for name, count in counts.items()) or 'nothing'}")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # for other projects
 
 
@@ -273,7 +260,7 @@ def export(vit, path, form="timm"):
         raise ValueError("ViTModel always has a class token and this encoder has none: use form='timm'")
     tensors, config = to_hf(vit), json.dumps(hf_config(vit), indent=2)
     common.write_atomically(Path(path, "model.safetensors"),
-                            lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+                            lambda file: file.write_bytes(save(tensors, {"format": "pt"})))
     common.write_atomically(Path(path, "config.json"), lambda file: file.write_text(config))
 
 

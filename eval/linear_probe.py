@@ -102,21 +102,13 @@ def extract(vit, images, config, device):
     vit.eval().to(device)
     loader = torch.utils.data.DataLoader(CentreViews(images, vit.img_size), config.batch_size,
                                          num_workers=config.workers, pin_memory=device.type == "cuda")
-    for batch, labels in tqdm(readable(loader), images.name, len(loader), leave=False, disable=None):
+    for batch, labels in tqdm(loader, images.name, len(loader), leave=False, disable=None):
         tokens = vit(common.normalise(batch.to(device, non_blocking=True)))  # (B, 1+N, D)
         N = vit.grid[0] * vit.grid[1]
         features = tokens[:, 0] if config.pool == "cls" else tokens[:, -N:].mean(dim=1)  # (B, D)
         if not features.isfinite().all():
             raise ValueError("the encoder gives features that are not finite: its training went wrong")
         yield features.cpu().double(), labels
-
-
-def readable(loader):
-    """The batches of a loader; a fault in an image is one sentence, without the traceback of a worker."""
-    try:
-        yield from loader
-    except ValueError as error:
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def fit_ridge(batches, num_classes, ridge=RIDGE):

@@ -231,8 +231,11 @@ def test_an_unreadable_image_is_named(tmp_path, capsys, workers):
     export(tiny(), tmp_path / "e.safetensors")
     folder = write_folder(tmp_path / "data")
     (folder / "val" / "b" / "1.png").write_bytes(b"junk")
-    given = ["--checkpoint", tmp_path / "e.safetensors", "--data", folder, "--device", "cpu"]
-    fails(capsys, given + ["--workers", workers], "^[^ ]*val/b/1.png cannot be read as an image")
+    given = ["--checkpoint", tmp_path / "e.safetensors", "--data", folder, "--device", "cpu", "--workers", workers]
+    with pytest.raises(SystemExit) as exit:
+        common.run_main(lambda: main([str(word) for word in given]))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 1 and re.match("error: [^ ]*val/b/1.png cannot be read as an image", error)
 
 
 def test_features_that_are_not_finite(tmp_path, capsys):

@@ -1,0 +1,64 @@
+"""Trains a small CLIP on CIFAR-10's class names: a teacher for trying CAE v2 on real images.
+
+    python results/cifar_teacher.py CIFAR10_FOLDER OUT.safetensors      (from the top of the repository)
+
+The folder holds train/CLASS/*.jpg and test/CLASS/*.jpg. The model is demo/tiny_clip.json, the loop that of
+demo/teacher.py; captions read "a CLASS". The file is open_clip's: `--teacher tiny_clip:OUT.safetensors`.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from demo.teacher import CLIP, CONTEXT, HERE, WORDS, clip_loss, normalise, train, write
+
+STEPS = 6000
+
+
+def pixels(images):
+    """All images as one tensor (n, 3, 32, 32) uint8, and their labels (n,)."""
+    return torch.stack([image for image, _ in images]), images.labels
+
+
+def captions(labels):
+    """Word ids of "a CLASS" with one id per class: (n,) to (n, CONTEXT)."""
+    start, a, first, end = 1, 2, 3, len(WORDS) - 1
+    rows = torch.zeros(len(labels), CONTEXT, dtype=torch.long)
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = start, a, first + labels, end
+    return rows
+
+
+def main(data, out):
+    torch.manual_seed(0)
+    open_clip.add_model_config(HERE / "tiny_clip.json")
+    model, log, start = open_clip.create_model("tiny_clip"), [], time.time()
+    (images, labels), (test, test_labels) = (pixels(common.find_data(data, split)) for split in ("train", "val"))
+    tokens = captions(labels)
+
+    def loss_of(ids):
+        batch = images[ids]
+        flip = (torch.rand(len(batch)) < 0.5)[:, None, None, None]
+        return clip_loss(model, normalise(torch.where(flip, batch.flip(-1), batch), model.visual), tokens[ids])
+
+    train("clip", model, loss_of, log, **{**CLIP, "steps": STEPS})
+    model = model.half().float().eval()
+    with torch.no_grad():
+        texts = model.encode_text(captions(torch.arange(10)), normalize=True)
+        guess = torch.cat([model.encode_image(normalise(part, model.visual)) @ texts.T for part in test.split(500)])
+    accuracy = (guess.argmax(1) == test_labels).float().mean().item()
+    log.append(dict(stage="end", zero_shot=round(accuracy, 4), seconds=round(time.time() - start), seed=0,
+                    threads=torch.get_num_threads(), torch=torch.__version__))
+    write(Path(out), lambda path: save_file({name: value.half() for name, value in model.state_dict().items()}, path))
+    write(Path(out).with_suffix(".log.jsonl"), lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+    print(log[-1])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
