@@ -301,7 +301,7 @@ def teacher_config(spec):
     if config is None:
         raise ValueError(f"open_clip knows no model {name}: python -c \"import open_clip; "
                          "print(open_clip.list_models())\" lists the names")
-    if not {"layers", "patch_size"} <= set(config["vision_cfg"]):
+    if not config["vision_cfg"].get("patch_size"):
         raise ValueError(f"the image tower of {name} is not open_clip's ViT: choose a ViT-...")
     return name, source, config
 

@@ -829,7 +829,9 @@ class Run:
         self.sums, self.count, self.waited, self.clock, self.logged = {}, 0, 0.0, now, step
         if self.processes.main:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                finite = {name: value if math.isfinite(value) else None
+                          for name, value in entry.items()}  # JSON knows no NaN
+                file.write(json.dumps(finite) + "\n")
             self._print(entry, losses)
 
     def _print(self, entry, losses):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo.teacher import CLIP, CONTEXT, HERE, WORDS, clip_loss, normalise, train, write
 
-STEPS = 6000
+STEPS = 2000
 
 
 def pixels(images):

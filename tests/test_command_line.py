@@ -190,7 +190,7 @@ def test_an_init_that_is_not_there(fails, tmp_path):
 @pytest.mark.parametrize("teacher, words", [
     ("ViT-B-16-quickgelu", "NAME:TAG"), ("openai", "NAME:TAG"), ("ViT-B-16:", "NAME:TAG"), ("ViT-X-99:openai", "ViT-X-99"),
     (":openai", "open_clip knows no model"), ("ViT-B-16:no_such_tag", "no_such_tag.*laion"), ("RN50:openai", "ViT"),
-    ("ViT-B-16:openai", "ViT-B-16-quickgelu:openai"), ("ViT-B-16-quickgelu:laion2b_s34b_b88k", "ViT-B-16:laion2b_s34b_b88k"),
+    ("ViT-B-16:openai", "ViT-B-16-quickgelu:openai"), ("ViT-B-16-quickgelu:laion2b_s34b_b88k", "laion2b_s34b_b88k.*dfn2b"),
     ("ViT-B-16-quickgelu:nowhere/file.pt", "nowhere.file.pt"), ("ViT-B-16-quickgelu:absent.safetensors", "absent.safetensors"),
     ("hf-hub:timm/x", "hf-hub"),
 ])
@@ -290,7 +290,7 @@ def test_a_patch_14_teacher_sees_196_pixels_for_a_14_x_14_grid(tmp_path):
 
 @torch.no_grad()
 def test_a_teacher_whose_norm_comes_after_pooling_still_norms_every_token(tmp_path):
-    """open_clip's `final_ln_after_pool` leaves the patch tokens without their norm: it is added, or refused."""
+    """open_clip's CLIPA models leave the patch tokens without their norm: it is added, or they are refused."""
     spec = teacher_file(tmp_path, "command_after_pool", pool_type="avg", final_ln_after_pool=True)
     try:
         visual = cae_v2.load_teacher(spec, 32)
@@ -300,6 +300,13 @@ def test_a_teacher_whose_norm_comes_after_pooling_still_norms_every_token(tmp_pa
     model = open_clip.create_model("command_after_pool", pretrained=str(tmp_path / "command_after_pool.pt")).eval()
     expected = independent_targets(model, images)[:, 1:]
     torch.testing.assert_close(cae_v2.clip_targets(visual, images)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_that_pools_by_attention_is_refused(tmp_path):
+    """CoCa's tokens are those of its pooler: they belong to no patch."""
+    spec = teacher_file(tmp_path, "command_coca", attentional_pool=True, attn_pooler_queries=8, attn_pooler_heads=2)
+    with pytest.raises(ValueError, match="command_coca"):
+        cae_v2.load_teacher(spec, 32)
 
 
 @torch.no_grad()

@@ -511,7 +511,7 @@ def test_a_file_that_breaks_during_training_is_replaced_with_a_warning(tmp_path,
     assert torch.equal(samples[0, 11][0], last[0])  # the file after the last one is the first
     for index in range(12):
         (tmp_path / f"{index:02}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="ten files in a row"):
+    with pytest.raises(ValueError, match="cannot be read"):
         samples[0, 0]
 
 
