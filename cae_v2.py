@@ -100,7 +100,7 @@ class Config(common.RunConfig):
     weight_decay: float = flag(0.05, "AdamW, constant; betas are torch's 0.9, 0.999 [code]")
     clip_grad: float = flag(3.0, "largest global L2 norm of the gradient [code]")
     drop_path: float = flag(0.1, "stochastic depth of the last block, rising linearly to it [code]")
-    teacher: str = flag("ViT-B-16-quickgelu:openai", "open_clip NAME:TAG, NAME:FILE, `demo` [code]")
+    teacher: str = flag("ViT-B-16-quickgelu:openai", "NAME:TAG, NAME:FILE or `demo` [code] [D2]")
     supervise: typing.Literal["both", "visible", "masked"] = flag("both", "tokens [code] [D5]")
     mask: typing.Literal["block", "random"] = flag("block", "how hidden patches are chosen [code]")
     mask_ratio: float = flag(0.0, "share of hidden patches, rounded to a count (default by size)")
@@ -194,7 +194,7 @@ class Augment:
     """Makes a training sample in a worker: student image, teacher image if its size differs, mask.
 
     Colour jitter and flip come before the crop, so the teacher sees them too [code]; both images
-    are one crop, resized to each size. Images are uint8 (3, S, S), the mask is (N,) bool.
+    are one crop, resized to each size. Images are uint8 (3, S, S) [D4], the mask is (N,) bool.
     """
 
     def __init__(self, config, teacher_size):
@@ -226,7 +226,7 @@ def clip_targets(visual, images):
     """Images (B, 3, S, S), normalised for the tower, to its tokens (B, 1+N, C) in float32. Δ
 
     ln_post and the projection are applied to all tokens, class token first, then patches in raster
-    order [code]; open_clip itself projects the pooled token only. Nothing is normalised here.
+    order [code]; open_clip itself projects the pooled one only [D7]. Nothing is normalised here.
     """
     pooled, patches = visual(images.to(visual.conv1.weight.dtype))
     return torch.cat([pooled[:, None], patches @ visual.proj], dim=1).float()  # (B, 1+N, C)
@@ -508,7 +508,7 @@ class CAEv2(nn.Module):
         """What is supervised: {"cls": (B, 1, R), "visible": (B, V, R), "masked": (B, M, R)}."""
         z = self.adapter(self.encoder(images, mask))  # (B, 1+V, R)
         features = {}
-        if supervise != "masked":
+        if supervise != "masked":  # Δ what the encoder saw is supervised too
             features.update(cls=z[:, :1], visible=z[:, 1:])
         if supervise != "visible" and masked_ids.shape[1]:
             positions = self.positions.expand(len(z), -1, -1)  # (B, N, R)
@@ -534,8 +534,8 @@ class CAEv2(nn.Module):
             raise ValueError("supervise='masked' needs hidden patches, but the mask hides none")
         expected = (len(images), 1 + mask.shape[1], self.head.out_features)
         if tuple(targets.shape) != expected:
-            raise ValueError(f"targets of shape {tuple(targets.shape)} were given, this model expects "
-                             f"{expected}: a class token and one token per patch, of its teacher's width")
+            raise ValueError(f"targets of shape {tuple(targets.shape)} were given, expected is "
+                             f"{expected}: class token and patches, of the teacher's width")
         features = self.features(images, visible_ids, masked_ids, mask, supervise)
         labels = dict(cls=targets[:, :1], visible=common.pick(targets[:, 1:], visible_ids),
                       masked=common.pick(targets[:, 1:], masked_ids))
@@ -734,7 +734,7 @@ def train(config, run, processes):
         for micro in range(plan.accumulation):
             student, teacher_images, mask = inputs(run.next_batch(batches), teacher, device)
             targets = clip_targets(teacher, teacher_images)
-            # Drop path is the one draw made here; seeded like this, it needs no saved generator.
+            # Drop path is the one draw made here; seeded so, it needs no saved generator [D6].
             row = plan.first_row(micro, processes)
             torch.manual_seed(common.seed_for(config.seed, "step", step, row))
             more_to_come = processes.world > 1 and micro < plan.accumulation - 1

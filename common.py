@@ -513,7 +513,7 @@ class MicroBatches(torch.utils.data.Sampler):
 def training_loader(samples, plan, processes, config, start, stop):
     """A DataLoader over this rank's micro batches, from step `start` to before step `stop`.
 
-    Warns where the workers' batches may not fit in shared memory, which would kill them without a word.
+    Warns where the workers' batches may not fit in shared memory, which kills them without a word.
     """
     keys = MicroBatches(len(samples.images), plan, processes, config.seed, start, stop)
     if config.workers and os.path.isdir("/dev/shm") and processes.main:
@@ -522,7 +522,7 @@ def training_loader(samples, plan, processes, config, start, stop):
         free = shutil.disk_usage("/dev/shm").free / 2**30
         if need > free:
             print(f"warning: the loader may need {need:.1f} GiB of shared memory, /dev/shm has "
-                  f"{free:.1f}: give fewer --workers, or docker a larger --shm-size", file=sys.stderr)
+                  f"{free:.1f}: lower --workers, or raise docker's --shm-size", file=sys.stderr)
     return torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=config.workers,
         pin_memory=processes.device.type == "cuda")
@@ -702,8 +702,8 @@ def read_checkpoint(path):
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = (str(error).strip() or "it is empty or cut off").splitlines()[0]
         if refused:
-            reason = (f"it holds an object of type {refused[1]}, which could run code; only tensors and "
-                      "plain data are read, so save the weights alone")
+            reason = (f"it holds an object of type {refused[1]}, which could run code; only tensors "
+                      "and plain data are read, so save the weights alone")
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
