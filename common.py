@@ -376,7 +376,8 @@ class Images(torch.utils.data.Dataset):
 
 
 def read_image(path):
-    """An image file as a uint8 RGB tensor (3, H, W). Raises ValueError that names the file."""
+    """An image file as a uint8 RGB tensor (3, H, W); an EXIF rotation is ignored, as torchvision
+    does. Raises ValueError that names the file."""
     try:
         with Image.open(path) as image:
             return TF.pil_to_tensor(image.convert("RGB"))
@@ -702,8 +703,8 @@ def read_checkpoint(path):
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = (str(error).strip() or "it is empty or cut off").splitlines()[0]
         if refused:
-            reason = (f"it holds an object of type {refused[1]}, which could run code; only tensors "
-                      "and plain data are read, so save the weights alone")
+            reason = (f"it holds an object of type {refused[1]}, which could run code; only tensors"
+                      " and plain data are read, so save the weights alone")
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
