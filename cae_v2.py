@@ -301,7 +301,9 @@ def teacher_config(spec):
     if config is None:
         raise ValueError(f"open_clip knows no model {name}: python -c \"import open_clip; "
                          "print(open_clip.list_models())\" lists the names")
-    if not config["vision_cfg"].get("patch_size"):
+    vision = config["vision_cfg"]
+    # CLIPA and CoCa pool before their last norm, so that their patch tokens never pass it.
+    if not vision.get("patch_size") or {"final_ln_after_pool", "attentional_pool"} & set(vision):
         raise ValueError(f"the image tower of {name} is not open_clip's ViT: choose a ViT-...")
     return name, source, config
 
@@ -341,8 +343,7 @@ def read_weights(path, quick_gelu):
                              "the teacher's name")
         state = torch.jit.load(path, map_location="cpu").state_dict()
     else:
-        state = common.read_checkpoint(path)
-        state = state.get("state_dict", state)
+        state = common.read_weights(path, "state_dict")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = {name.removeprefix("visual."): tensor.float() for name, tensor in state.items()
              if name.startswith("visual.")}
@@ -378,13 +379,16 @@ def published_weights(name, tag, config):
         return huggingface_hub.hf_hub_download(repository, file, local_files_only=True), mean_std
     except huggingface_hub.errors.LocalEntryNotFoundError:
         server = huggingface_hub.constants.ENDPOINT
-    page = f"{server}/{repository}/resolve/main/{file}"
-    if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable(server):
-        raise FileNotFoundError(
-            f"the teacher's weights are not in the cache and {server} does not answer: download "
-            f"{page} on a machine with a network and give --teacher {name}:/path/to/{file}")
-    print(f"fetching the teacher's weights from {page}", flush=True)
-    return huggingface_hub.hf_hub_download(repository, file), mean_std
+    page, problem = f"{server}/{repository}/resolve/main/{file}", "does not answer"
+    if not huggingface_hub.constants.HF_HUB_OFFLINE and reachable(server):
+        print(f"fetching the teacher's weights from {page}", flush=True)
+        try:
+            return huggingface_hub.hf_hub_download(repository, file), mean_std
+        except (OSError, ValueError) as error:  # the hub's own errors are of these types
+            problem = f"refused them ({type(error).__name__})"
+    raise FileNotFoundError(
+        f"the teacher's weights are not in the cache and {server} {problem}: download {page} "
+        f"on a machine with a network and give --teacher {name}:/path/to/{file}")
 
 
 def reachable(url, seconds=3.0):
@@ -672,17 +676,19 @@ def start_from(model, path):
     if path.endswith(".safetensors"):
         target, state = model.encoder, common.read_safetensors(path)
     else:
-        target, file = model, common.read_checkpoint(path)
-        state = file.get("model", file)
-        if file.get("method") != "cae_v2":
-            return load_official(model, state)
+        target, state = model, common.read_weights(path, "model")
     try:
-        target.load_state_dict(state)
+        if any(name.startswith("decoder.") for name in state):  # the authors' name of the head
+            load_official(model, state)
+        else:
+            target.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"--init {path}: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"--init {path} does not fit this model: {reason(error)}") from error
 
 
-def prepare(config, processes):
+def prepare(config, processes, init):
     """(teacher, model) on the device. The main process fetches weights, the others wait for it."""
     if not processes.main:
         processes.wait()
@@ -693,8 +699,8 @@ def prepare(config, processes):
     bf16 = common.uses_bf16(processes.device, config.precision)
     teacher.to(processes.device, torch.bfloat16 if bf16 else torch.float32)
     model = build(config, teacher.output_dim)
-    if config.init:
-        start_from(model, config.init)
+    if init:
+        start_from(model, init)
     if config.supervise == "visible" or config.num_masked == 0:  # the regressor does not run
         model.regressor.requires_grad_(False)
         model.mask_token.requires_grad_(False)
@@ -707,7 +713,7 @@ def train(config, run, processes):
     images = common.find_data(config.data, "pretrain", config.img_size)
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
                             processes.world)
-    teacher, model = prepare(config, processes)
+    teacher, model = prepare(config, processes, "" if run.state else config.init)
     samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for blocks in (model.encoder.blocks, model.regressor, teacher.transformer.resblocks):
@@ -753,8 +759,8 @@ def train(config, run, processes):
         else:
             run.skipped, failures = run.skipped + 1, failures + 1
             if failures == 10:
-                raise ValueError(f"no finite gradient in ten steps up to {step + 1}: give "
-                                 f"{run.checkpoint} as --init with --fresh and a lower --lr")
+                raise ValueError(f"no finite gradient in ten steps up to {step + 1}: start again "
+                                 "with --fresh and a lower --lr, from a checkpoint with --init")
         optimizer.zero_grad(set_to_none=True)
 
         run.log(step + 1, lr, grad_norm)
@@ -840,7 +846,7 @@ def draw(config, run):
     """--preview: from last.pt if there is one, else from --init, else untrained."""
     images = common.find_data(config.data, "pretrain", config.img_size, num_scenes=100)
     with common.processes(config.device) as processes:
-        teacher, model = prepare(config, processes)
+        teacher, model = prepare(config, processes, "" if run.state else config.init)
         if run.state:
             model.load_state_dict(run.state["model"])
         samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)

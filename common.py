@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -480,7 +481,7 @@ class Samples(torch.utils.data.Dataset):
             except ValueError as error:
                 if substitute == 9:
                     raise
-                print(f"warning: {error}; the next file stands in for it", file=sys.stderr)
+                sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
         torch.default_generator.manual_seed(seed_for(self.seed, "sample", epoch, index))
         return self.transform(image)
 
@@ -511,6 +512,13 @@ class MicroBatches(torch.utils.data.Sampler):
                 yield [(epoch, index) for index in rows[first: first + self.plan.micro_batch]]
 
 
+def own_group(worker_id):
+    """For a loader's worker: torchrun and a terminal signal the whole process group, but how a run
+    stops is the main process's business, which would only see its workers die."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def training_loader(samples, plan, processes, config, start, stop):
     """A DataLoader over this rank's micro batches, from step `start` to before step `stop`.
 
@@ -525,7 +533,7 @@ def training_loader(samples, plan, processes, config, start, stop):
             print(f"warning: the loader may need {need:.1f} GiB of shared memory, /dev/shm has "
                   f"{free:.1f}: lower --workers, or raise docker's --shm-size", file=sys.stderr)
     return torch.utils.data.DataLoader(
-        samples, batch_sampler=keys, num_workers=config.workers,
+        samples, batch_sampler=keys, num_workers=config.workers, worker_init_fn=own_group,
         pin_memory=processes.device.type == "cuda")
 
 
@@ -681,11 +689,20 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def save_state(state, path):
+    """torch.save, with the OSError of a full disk as such; torch makes a RuntimeError of it."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, "cannot be written, the disk may be full", str(path)) from error
+
+
 def save_encoder(vit, path, **info):
     """Writes a ViT as safetensors under timm's names; metadata: its configuration and `info`."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in vit.state_dict().items()}
-    metadata = dict(kind="encoder", version=str(VERSION), config=json.dumps(vit.config),
-                    **{key: str(value) for key, value in info.items()})
+    # One key: safetensors writes several in random order, and equal runs should give equal files.
+    about = dict(kind="encoder", version=VERSION, **info, config=vit.config)
+    metadata = dict(about=json.dumps(about))
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 
@@ -708,6 +725,15 @@ def read_checkpoint(path):
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
+    return state
+
+
+def read_weights(path, key):
+    """The state dict in a .pt or .pth file: under `key`, or the file itself."""
+    state = read_checkpoint(path)
+    state = state.get(key, state)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} holds no weights by name")
     return state
 
 
@@ -743,8 +769,8 @@ class Run:
             self.state = read_checkpoint(self.checkpoint)
             self._check_same_run()
         self.start = self.state["step"] if self.state else 0
-        stop = self.state and (config.max_steps or self.state["total_steps"])
-        self.finished = bool(stop) and self.start >= stop
+        total = self.state["total_steps"] if self.state else math.inf
+        self.finished = self.start >= min(config.max_steps or total, total)
 
     def _check_same_run(self):
         if self.state.get("method") != self.method:
@@ -871,7 +897,7 @@ class Run:
                          total_steps=self.plan.total_steps, num_images=self.num_images,
                          skipped=self.skipped, model=model.state_dict(),
                          optimizer=optimizer.state_dict())
-            write_atomically(self.checkpoint, lambda path: torch.save(state, path))
+            write_atomically(self.checkpoint, lambda path: save_state(state, path))
             save_encoder(model.encoder, self.folder / "encoder.safetensors",
                          method=self.method, step=step)
 
@@ -971,6 +997,8 @@ class RunConfig:
     def __post_init__(self):
         check_range(self, 0, "micro_batch", "save_every", "max_steps", "seed")
         check_range(self, 1, "log_every")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed} must be below 2**63")
         if self.workers < 0:
             share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             object.__setattr__(self, "workers", min(share, 16))
@@ -1031,22 +1059,25 @@ OUT_OF_MEMORY = (
 
 
 def run_main(main):
-    """Runs a script's `main`; what the user can mend becomes one sentence and exit code 1."""
+    """Runs a script's `main`; what the user can mend becomes one sentence and exit code 1.
+
+    The main process says it; the others wait a little and speak only if that one lives on.
+    """
+    rank = int(os.environ.get("RANK", 0))
     try:
         return main()
     except (ValueError, FileNotFoundError) as error:
         # From a loader's worker the sentence comes below a traceback.
-        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
     except (torch.OutOfMemoryError, MemoryError):
         message = OUT_OF_MEMORY
     except RuntimeError as error:
         if not re.search("can't allocate memory|not enough memory", str(error)):
+            time.sleep(3 * (rank > 0))
             raise
         message = OUT_OF_MEMORY
-    rank = int(os.environ.get("RANK", 0))
-    if rank:  # the main process says it; another one speaks only if that one lives on
-        time.sleep(3)
+    time.sleep(3 * (rank > 0))
     print(f"error: {message}" + (f" [process {rank}]" if rank else ""), file=sys.stderr, flush=True)
     sys.exit(1)

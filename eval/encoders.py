@@ -85,7 +85,7 @@ def read_state(path):
         try:
             with safe_open(path, "pt") as file:
                 content = {key: file.get_tensor(key) for key in file.keys()}
-                known = json.loads((file.metadata() or {}).get("config", "{}"))
+                known = json.loads((file.metadata() or {}).get("about", "{}")).get("config")
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a safetensors file ({error}): it is cut off or of "
                              "another kind, fetch or write it again") from error

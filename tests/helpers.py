@@ -16,10 +16,12 @@ ROOT = Path(__file__).parents[1]
 
 # 16 patches of 8 pixels, and 3 steps an epoch on 24 images: a step takes some 20 ms. The demo's
 # teacher has patches of 4 pixels, so it looks at the same crop in 16 pixels.
-TINY = ("--model=vit_demo --teacher=demo --img_size=32 --patch_size=8 --embed_dim=32 --depth=2 "
-        "--num_heads=2 --regressor_dim=32 --regressor_depth=1 --regressor_heads=2 --batch_size=8 "
-        "--epochs=4 --warmup_epochs=0.5 --lr=1e-3 --workers=0 --device=cpu --compile=off "
-        "--log_every=1").split()
+TINY = (
+    "--model=vit_demo --teacher=demo --img_size=32 --patch_size=8 --embed_dim=32 --depth=2 "
+    "--num_heads=2 --regressor_dim=32 --regressor_depth=1 --regressor_heads=2 --batch_size=8 "
+    "--epochs=4 --warmup_epochs=0.5 --lr=1e-3 --workers=0 --device=cpu --compile=off "
+    "--log_every=1"
+).split()
 
 
 def write_images(folder, count=24, size=(48, 40), kind=".png"):
@@ -44,8 +46,11 @@ def call(*argv):
 
 def environment(**changes):
     """The environment for a process of its own: one thread, and nothing of a surrounding torchrun."""
-    kept = {name: value for name, value in os.environ.items()
-            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **changes}
 
 
@@ -53,9 +58,15 @@ def start(*argv, processes=1, group=False, **changes):
     """The script in a process of its own, or in several under torchrun; `group`: in a group of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), ROOT / "cae_v2.py", *argv]
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment(**changes),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=group)
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment(**changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=group,
+    )
 
 
 def finish(process, seconds=120):
@@ -70,6 +81,7 @@ def finish(process, seconds=120):
 
 def read_log(folder):
     """The lines of log.jsonl, which must be JSON in the strict sense: no NaN, no Infinity."""
+
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 
@@ -99,9 +111,14 @@ def differences(left, right, path=""):
 def teacher_file(folder, name="test_clip", embed_dim=24, quick_gelu=False, **vision):
     """Registers an open_clip model, writes random weights for it, and gives its `--teacher` value."""
     import open_clip
+
     vision = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16) | vision
-    config = dict(embed_dim=embed_dim, quick_gelu=quick_gelu, vision_cfg=vision,
-                  text_cfg=dict(context_length=8, vocab_size=16, width=16, heads=2, layers=1))
+    config = dict(
+        embed_dim=embed_dim,
+        quick_gelu=quick_gelu,
+        vision_cfg=vision,
+        text_cfg=dict(context_length=8, vocab_size=16, width=16, heads=2, layers=1),
+    )
     Path(folder).mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / f"{name}.json")

@@ -44,7 +44,9 @@ def twins(**changes):
 
 
 def images_for(vit, batch=2):
-    return torch.randn(batch, vit.config["in_chans"], *vit.img_size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        batch, vit.config["in_chans"], *vit.img_size, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def close(ours, theirs, atol=2e-5):
@@ -55,10 +57,16 @@ def close(ours, theirs, atol=2e-5):
 # -- 1  ViT
 
 SHAPES = {
-    "square": {}, "wide image": dict(img_size=(16, 40)), "wide patch": dict(patch_size=(4, 16)),
-    "both": dict(img_size=(24, 32), patch_size=(8, 16)), "one channel": dict(in_chans=1),
-    "five channels": dict(in_chans=5, patch_size=(8, 4)), "no class token": dict(class_token=False),
-    "layer scale": dict(init_values=0.1), "one head": dict(num_heads=1), "MLP ratio": dict(mlp_ratio=2.5),
+    "square": {},
+    "wide image": dict(img_size=(16, 40)),
+    "wide patch": dict(patch_size=(4, 16)),
+    "both": dict(img_size=(24, 32), patch_size=(8, 16)),
+    "one channel": dict(in_chans=1),
+    "five channels": dict(in_chans=5, patch_size=(8, 4)),
+    "no class token": dict(class_token=False),
+    "layer scale": dict(init_values=0.1),
+    "one head": dict(num_heads=1),
+    "MLP ratio": dict(mlp_ratio=2.5),
 }
 
 
@@ -71,12 +79,29 @@ def test_vit_equals_timm(changes):
 
 
 @torch.no_grad()
+def test_the_epsilon_of_every_norm_is_timms():
+    """On tokens so small that it outweighs their variance."""
+    ours, theirs = twins()
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(3)) * 1e-3
+    close(ours.blocks[0](x), theirs.blocks[0](x))
+    close(ours.norm(x), theirs.norm(x))
+    block = ours.blocks[0]
+    assert {norm.eps for norm in (block.norm1, block.norm2, ours.norm)} == {1e-6}
+
+
+@torch.no_grad()
 def test_layers_equal_timm_block_outputs():
     ours, theirs = twins(depth=4)
     images, indices = images_for(ours), [0, 2, -1]
     for norm in (False, True):
         expected = theirs.forward_intermediates(
-            images, indices=[0, 2, 3], return_prefix_tokens=True, norm=norm, output_fmt="NLC", intermediates_only=True)
+            images,
+            indices=[0, 2, 3],
+            return_prefix_tokens=True,
+            norm=norm,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
         outputs = ours.layers(images, indices, norm=norm)
         assert len(outputs) == 3
         for output, (patches, prefix) in zip(outputs, expected):
@@ -97,7 +122,9 @@ def test_layers_keep_the_order_that_was_asked_for_and_refuse_others():
             ours.layers(images, wrong)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(class_token=False), dict(img_size=(16, 40), in_chans=1), dict(init_values=0.5)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(class_token=False), dict(img_size=(16, 40), in_chans=1), dict(init_values=0.5)]
+)
 @torch.no_grad()
 def test_masked_forward_equals_timm_modules_on_the_kept_tokens(changes):
     ours, theirs = twins(**changes)
@@ -106,13 +133,13 @@ def test_masked_forward_equals_timm_modules_on_the_kept_tokens(changes):
     mask = common.random_masks(3, N, N // 2, torch.Generator().manual_seed(2))
     # Each row by itself, with boolean indexing: no ids, no gather.
     for row in range(3):
-        tokens = theirs.patch_embed(images[row: row + 1]) + theirs.pos_embed[:, prefix:]
+        tokens = theirs.patch_embed(images[row : row + 1]) + theirs.pos_embed[:, prefix:]
         tokens = tokens[:, ~mask[row]]
         if prefix:
             tokens = torch.cat([theirs.cls_token + theirs.pos_embed[:, :1], tokens], dim=1)
         for block in theirs.blocks:
             tokens = block(tokens)
-        close(ours(images, mask)[row: row + 1], theirs.norm(tokens))
+        close(ours(images, mask)[row : row + 1], theirs.norm(tokens))
 
 
 @torch.no_grad()
@@ -214,8 +241,12 @@ def test_patchify_order_by_loops(patch):
     assert tokens.shape == (2, h * w, P * Q * 3)
     for row in range(h):
         for column in range(w):
-            values = [images[1, channel, row * P + p, column * Q + q]
-                      for p in range(P) for q in range(Q) for channel in range(3)]
+            values = [
+                images[1, channel, row * P + p, column * Q + q]
+                for p in range(P)
+                for q in range(Q)
+                for channel in range(3)
+            ]
             assert np.array_equal(tokens[1, row * w + column], values)
     assert torch.equal(common.unpatchify(torch.from_numpy(tokens), patch, (h, w)), torch.from_numpy(images))
 
@@ -230,8 +261,12 @@ def test_sincos_by_an_independent_formula(grid, first):
             one, two = (column, row) if first == "column" else (row, column)
             for k in range(dim // 4):
                 period = 10000 ** (k / (dim / 4))
-                expected[row * grid[1] + column, k::dim // 4] = (
-                    math.sin(one / period), math.cos(one / period), math.sin(two / period), math.cos(two / period))
+                expected[row * grid[1] + column, k :: dim // 4] = (
+                    math.sin(one / period),
+                    math.cos(one / period),
+                    math.sin(two / period),
+                    math.cos(two / period),
+                )
     table = common.sincos_2d(dim, grid, first)
     assert table.dtype == torch.float32
     np.testing.assert_allclose(table.numpy(), expected, atol=1e-6)
@@ -286,7 +321,13 @@ def test_pick_takes_tokens_by_row():
 def test_seeds_are_the_same_everywhere_and_tell_keys_apart():
     """The number is written down: another one would break the resumption of every run on disk."""
     assert common.seed_for(0, "sample", 3, 7) == 8602463054367235400
-    keys = [(seed, kind, epoch, index) for seed in range(3) for kind in ("sample", "order") for epoch in range(5) for index in range(50)]
+    keys = [
+        (seed, kind, epoch, index)
+        for seed in range(3)
+        for kind in ("sample", "order")
+        for epoch in range(5)
+        for index in range(50)
+    ]
     seeds = {common.seed_for(*key) for key in keys}
     assert len(seeds) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
     assert common.seed_for(1, 23) != common.seed_for(12, 3)
@@ -304,7 +345,12 @@ def test_images_hold_file_names_of_any_length_and_script(tmp_path):
     for index, name in enumerate(names):
         pixels, label = images[index]
         assert images.path(index) == str(tmp_path / name)
-        assert (pixels.shape, pixels.dtype, pixels[0, 0, 0].item(), label) == ((3, 3, 4), torch.uint8, index, 5 + index)
+        assert (pixels.shape, pixels.dtype, pixels[0, 0, 0].item(), label) == (
+            (3, 3, 4),
+            torch.uint8,
+            index,
+            5 + index,
+        )
     copy = pickle.loads(pickle.dumps(images))  # as a worker gets it where processes are spawned
     assert copy.path(2) == images.path(2)
     assert common.Images([tmp_path / "a.png"])[0][1] == -1
@@ -369,8 +415,13 @@ def test_a_flat_or_nested_folder_is_read_in_one_sorted_order(tmp_path):
         (tmp_path / name).write_bytes(b"junk")
     images = common.find_data(str(tmp_path), "pretrain")
     found = [os.path.relpath(images.path(index), tmp_path) for index in range(len(images))]
-    assert found == ["00.Jpg", "01.Jpg", os.path.join("a", "00.png"),
-                     os.path.join("b", "deep", "00.JPEG"), os.path.join("b", "deep", "01.JPEG")]
+    assert found == [
+        "00.Jpg",
+        "01.Jpg",
+        os.path.join("a", "00.png"),
+        os.path.join("b", "deep", "00.JPEG"),
+        os.path.join("b", "deep", "01.JPEG"),
+    ]
     assert images[0][1] == -1
 
 
@@ -439,7 +490,9 @@ def test_an_unreadable_first_image_is_named_before_training(tmp_path):
 
 
 def test_built_in_scenes_have_three_different_parts():
-    parts = {split: common.find_data("scenes", split, num_scenes=50) for split in ("pretrain", "train", "val")}
+    parts = {
+        split: common.find_data("scenes", split, num_scenes=50) for split in ("pretrain", "train", "val")
+    }
     assert [len(part) for part in parts.values()] == [50, 3000, 1500]
     assert len(parts["train"].classes) == 10 and set(parts["train"].labels.tolist()) == set(range(10))
     assert not any(torch.equal(parts["pretrain"][0][0], parts[split][0][0]) for split in ("train", "val"))
@@ -526,7 +579,7 @@ def steps_of(*arguments, **more):
     """Per step, the keys of the global batch in their order: micro batch by micro batch, rank by rank."""
     ranks, plan = keys_of(*arguments, **more)
     dealt = [key for turn in zip(*ranks) for keys in turn for key in keys]
-    return [dealt[place: place + plan.batch_size] for place in range(0, len(dealt), plan.batch_size)]
+    return [dealt[place : place + plan.batch_size] for place in range(0, len(dealt), plan.batch_size)]
 
 
 @pytest.mark.parametrize("micro, world", [(8, 1), (1, 1), (4, 2), (2, 2), (1, 4), (1, 8)])
@@ -550,7 +603,7 @@ def test_the_order_is_a_pure_function_of_the_step():
 def test_an_epoch_has_no_image_twice_and_drops_the_incomplete_batch():
     steps = steps_of(50, 8, 8, 1, 0, 12)  # two epochs of six steps
     for epoch in (0, 1):
-        keys = [key for step in steps[6 * epoch: 6 * epoch + 6] for key in step]
+        keys = [key for step in steps[6 * epoch : 6 * epoch + 6] for key in step]
         assert {key[0] for key in keys} == {epoch}
         assert len(set(keys)) == 48 and {key[1] for key in keys} <= set(range(50))
     assert [key[1] for key in steps[0]] != [key[1] for key in steps[6]]
@@ -577,27 +630,37 @@ def test_normalise_by_numpy():
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = (images.numpy().transpose(0, 2, 3, 1) / 255 - mean) / std
     np.testing.assert_allclose(common.normalise(images).numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
-    np.testing.assert_allclose(common.normalise(images, (0, 0, 0), (1, 1, 1)).numpy(), images.numpy() / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        common.normalise(images, (0, 0, 0), (1, 1, 1)).numpy(), images.numpy() / 255, atol=1e-6
+    )
 
 
 # -- 6  optimisation
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ((1_281_167, 2048, 0, 300, 8), (2048, 256, 1, 625, 187_500)),  # the paper's run
-    ((1_281_167, 2048, 0, 300, 1), (2048, 256, 8, 625, 187_500)),
-    ((1_281_167, 2048, 64, 300, 4), (2048, 64, 8, 625, 187_500)),
-    ((1000, 1000, 0, 2, 1), (1000, 250, 4, 1, 2)),  # the largest divisor up to 256
-    ((100, 6, 0, 1, 3), (6, 2, 1, 16, 16)),
-])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((1_281_167, 2048, 0, 300, 8), (2048, 256, 1, 625, 187_500)),  # the paper's run
+        ((1_281_167, 2048, 0, 300, 1), (2048, 256, 8, 625, 187_500)),
+        ((1_281_167, 2048, 64, 300, 4), (2048, 64, 8, 625, 187_500)),
+        ((1000, 1000, 0, 2, 1), (1000, 250, 4, 1, 2)),  # the largest divisor up to 256
+        ((100, 6, 0, 1, 3), (6, 2, 1, 16, 16)),
+    ],
+)
 def test_plans(arguments, expected):
     assert dataclasses.astuple(common.make_plan(*arguments)) == expected
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ((63, 64, 0, 1, 1), "63 images.*--batch_size 63"), ((100, 64, 0, 1, 3), "--batch_size 64.*3 processes"),
-    ((100, 64, 5, 1, 1), "--micro_batch 5 does not divide.*nearest.*4"), ((100, 64, 128, 1, 2), "--micro_batch 128.*32"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((63, 64, 0, 1, 1), "63 images.*--batch_size 63"),
+        ((100, 64, 0, 1, 3), "--batch_size 64.*3 processes"),
+        ((100, 64, 5, 1, 1), "--micro_batch 5 does not divide.*nearest.*4"),
+        ((100, 64, 128, 1, 2), "--micro_batch 128.*32"),
+    ],
+)
 def test_plans_that_cannot_be(arguments, words):
     with pytest.raises(ValueError, match=words):
         common.make_plan(*arguments)
@@ -616,7 +679,9 @@ def test_learning_rate_by_numpy():
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_learning_rate_without_and_with_one_step_of_warm_up(warmup):
     rates = [common.learning_rate(step, 1.0, warmup, 10) for step in range(10)]
-    assert rates[0] == (0.0 if warmup else 1.0) and max(rates) == 1.0 and all(0 <= rate <= 1 for rate in rates)
+    assert (
+        rates[0] == (0.0 if warmup else 1.0) and max(rates) == 1.0 and all(0 <= rate <= 1 for rate in rates)
+    )
 
 
 def test_parameter_groups_spare_biases_norms_and_gains():
@@ -626,7 +691,14 @@ def test_parameter_groups_spare_biases_norms_and_gains():
     decayed, spared = ({names[id(parameter)] for parameter in group["params"]} for group in (decay, rest))
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert decayed | spared == set(names.values()) - {"pos_embed"} and not decayed & spared
-    matrices = ("qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight", "patch_embed.proj.weight", "cls_token")
+    matrices = (
+        "qkv.weight",
+        "attn.proj.weight",
+        "fc1.weight",
+        "fc2.weight",
+        "patch_embed.proj.weight",
+        "cls_token",
+    )
     assert decayed == {name for name in names.values() if name.endswith(matrices)}
 
 
@@ -672,13 +744,17 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError):
         common.write_atomically(path, half)
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
-    common.write_atomically(path, lambda temporary: temporary.write_text("new"))
+    with open(path) as reader:  # whoever has the old file open goes on reading the old one
+        common.write_atomically(path, lambda temporary: temporary.write_text("new"))
+        assert os.name == "nt" or reader.read() == "old"
     assert path.read_text() == "new" and os.listdir(path.parent) == ["file.txt"]
 
 
 def test_a_writer_killed_half_way_is_overwritten_by_the_next(tmp_path):
     path = tmp_path / "last.pt"
-    common.write_atomically(path, lambda temporary: temporary.write_text("old") and (tmp_path / "name").write_text(temporary.name))
+    common.write_atomically(
+        path, lambda temporary: temporary.write_text("old") and (tmp_path / "name").write_text(temporary.name)
+    )
     (tmp_path / (tmp_path / "name").read_text()).write_text("half of a fi")
     assert path.read_text() == "old"
     common.write_atomically(path, lambda temporary: temporary.write_text("new"))
@@ -705,9 +781,9 @@ def test_an_encoder_file_carries_weights_and_what_builds_them(tmp_path):
     with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
         assert set(file.keys()) == set(vit.state_dict())
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in vit.state_dict().items())
-        metadata = file.metadata()
-    assert (metadata["method"], metadata["step"], metadata["kind"]) == ("test", "7", "encoder")
-    again = common.ViT(**json.loads(metadata["config"]))
+        metadata = json.loads(file.metadata()["about"])
+    assert (metadata["method"], metadata["step"], metadata["kind"]) == ("test", 7, "encoder")
+    again = common.ViT(**metadata["config"])
     assert again.config == vit.config
 
 
@@ -723,7 +799,12 @@ def test_checkpoints_that_are_none(tmp_path):
         common.read_checkpoint(tmp_path)  # a folder
     torch.save({"weights": torch.zeros(1000)}, path)
     whole = path.read_bytes()
-    for name, content in {"empty": b"", "junk": b"\x80\x02junk" * 50, "text": b"hello", "cut": whole[: len(whole) // 2]}.items():
+    for name, content in {
+        "empty": b"",
+        "junk": b"\x80\x02junk" * 50,
+        "text": b"hello",
+        "cut": whole[: len(whole) // 2],
+    }.items():
         path.write_bytes(content)
         with pytest.raises(ValueError, match="file.pt cannot be read") as caught:
             common.read_checkpoint(path)
@@ -780,8 +861,12 @@ def test_panels_stand_in_their_places_with_captions(tmp_path):
     with Image.open(tmp_path / "panels.png") as image:
         assert image.format == "PNG" and image.mode == "RGB"
         pixels = np.asarray(image)
-    panels = {name: (pixels == colour).all(-1) for name, colour in
-              dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255), black=(0, 0, 0)).items()}
+    panels = {
+        name: (pixels == colour).all(-1)
+        for name, colour in dict(
+            red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255), black=(0, 0, 0)
+        ).items()
+    }
     area = panels["green"].sum()
     assert panels["red"].sum() == panels["blue"].sum() == 2 * area
 
@@ -796,7 +881,9 @@ def test_panels_stand_in_their_places_with_captions(tmp_path):
     assert first.max() < green_columns.min() < green_columns.max()  # red stands left of green above,
     assert (second.min(), second.max()) == (green_columns.min(), green_columns.max())  # and below it,
     assert len(first) == len(second) == area
-    assert (pixels[: rows.min()] < 128).any() and (pixels[pixels.shape[0] - 20:] < 128).any()  # caption and note
+    assert (pixels[: rows.min()] < 128).any() and (
+        pixels[pixels.shape[0] - 20 :] < 128
+    ).any()  # caption and note
 
 
 # -- 9  command line
@@ -836,13 +923,26 @@ def test_dash_and_underscore_are_one_flag():
         parse().width = 3
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--with", "3"], r"--with\b.*did you mean --width"), (["--base_l=3"], "--base_l.*did you mean --base_lr"),
-    (["--base-lrr", "1"], "did you mean --base_lr"), (["--zzzz"], "unknown argument --zzzz"), (["stray"], "stray"),
-    (["--wid", "3"], "--wid"), (["--dry"], "--dry"), (["--width", "x"], "--width.*'x'"), (["--width", "1.5"], "--width.*1.5"),
-    (["--base_lr", "fast"], "--base.lr.*fast"), (["--kind", "c"], "--kind.*'c'.*a.*b"), (["--model", "huge"], "--model.*huge.*small"),
-    (["--width"], "--width.*expected one argument"), (["--demo=yes"], "--demo"), (["-w", "3"], "-w"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--with", "3"], r"--with\b.*did you mean --width"),
+        (["--base_l=3"], "--base_l.*did you mean --base_lr"),
+        (["--base-lrr", "1"], "did you mean --base_lr"),
+        (["--zzzz"], "unknown argument --zzzz"),
+        (["stray"], "stray"),
+        (["--wid", "3"], "--wid"),
+        (["--dry"], "--dry"),
+        (["--width", "x"], "--width.*'x'"),
+        (["--width", "1.5"], "--width.*1.5"),
+        (["--base_lr", "fast"], "--base.lr.*fast"),
+        (["--kind", "c"], "--kind.*'c'.*a.*b"),
+        (["--model", "huge"], "--model.*huge.*small"),
+        (["--width"], "--width.*expected one argument"),
+        (["--demo=yes"], "--demo"),
+        (["-w", "3"], "-w"),
+    ],
+)
 def test_flags_that_are_none(argv, words):
     with pytest.raises(ValueError, match=words) as caught:
         parse(*argv)
@@ -855,7 +955,10 @@ def test_help_survives_a_percent_sign(capsys):
     assert stop.value.code == 0 and "50 % more" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", [dict(micro_batch=-1), dict(save_every=-1), dict(max_steps=-5), dict(log_every=0), dict(seed=-1)])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(micro_batch=-1), dict(save_every=-1), dict(max_steps=-5), dict(log_every=0), dict(seed=-1)],
+)
 def test_shared_flags_out_of_range(changes):
     with pytest.raises(ValueError, match=f"--{list(changes)[0]}"):
         common.RunConfig(**changes)
@@ -882,15 +985,21 @@ def outcome(capsys, error, monkeypatch, rank=0):
     return stop.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error, words", [
-    (ValueError("the flag is wrong"), "error: the flag is wrong\n"),
-    (FileNotFoundError("nothing at x"), "error: nothing at x\n"),
-    (OSError(28, "No space left on device", "runs/last.pt"), "No space left on device"),
-    (PermissionError(13, "Permission denied", "runs/last.pt"), "runs/last.pt"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--micro_batch"),
-    (MemoryError(), "--micro_batch"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--micro_batch"),
-])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ValueError("the flag is wrong"), "error: the flag is wrong\n"),
+        (FileNotFoundError("nothing at x"), "error: nothing at x\n"),
+        (OSError(28, "No space left on device", "runs/last.pt"), "No space left on device"),
+        (PermissionError(13, "Permission denied", "runs/last.pt"), "runs/last.pt"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--micro_batch"),
+        (MemoryError(), "--micro_batch"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "--micro_batch",
+        ),
+    ],
+)
 def test_what_a_user_can_mend_is_one_sentence(capsys, monkeypatch, error, words):
     code, text = outcome(capsys, error, monkeypatch)
     assert code == 1 and text.startswith("error: ") and text.count("\n") == 1 and words in text
@@ -908,5 +1017,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
 
 def test_the_real_configuration_follows_the_same_rules():
-    config = common.parse_config(cae_v2.Config, "", cae_v2.SIZES, cae_v2.DEMO, ["--demo", "--mask-ratio", "0.25"])
+    config = common.parse_config(
+        cae_v2.Config, "", cae_v2.SIZES, cae_v2.DEMO, ["--demo", "--mask-ratio", "0.25"]
+    )
     assert (config.model, config.embed_dim, config.img_size, config.mask_ratio) == ("vit_demo", 128, 32, 0.25)

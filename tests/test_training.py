@@ -3,10 +3,9 @@
 import argparse
 import json
 import os
-import resource
+import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import cae_v2
 import common
-from helpers import (TINY, call, differences, finish, load, read_log, start, teacher_file,
-                     write_images)
+from helpers import TINY, call, differences, finish, load, read_log, start, teacher_file, write_images
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "cae_v2.pt")["cases"]
 # Stochastic depth is on: it is the one draw that the training process itself makes.
@@ -81,6 +79,7 @@ def crash_at(step):
         if number == step:
             raise Interrupt
         return loss
+
     return crash
 
 
@@ -93,7 +92,8 @@ def test_eight_images_are_learnt_by_heart():
     images = common.find_data("scenes", "pretrain", 32, num_scenes=8).pixels
     student = common.normalise(images)
     targets = cae_v2.clip_targets(
-        teacher, common.normalise(images, teacher.preprocess_cfg["mean"], teacher.preprocess_cfg["std"]))
+        teacher, common.normalise(images, teacher.preprocess_cfg["mean"], teacher.preprocess_cfg["std"])
+    )
     mask = cae_v2.block_masks(8, 8, 32, torch.Generator().manual_seed(0))
     model = cae_v2.CAEv2(32, 4, 64, 2, 4, targets.shape[-1], regressor_depth=1, regressor_heads=4)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, 0.05), lr=3e-3)
@@ -128,12 +128,17 @@ def test_the_demo_learns(tmp_path):
 TABLES = {"encoder.pos_embed", "positions"}
 
 
-@pytest.mark.parametrize("flags, parts, untouched", [
-    ([], {"cls", "visible", "masked"}, ()), (["--supervise=masked"], {"masked"}, ()),
-    (["--mask=random"], {"cls", "visible", "masked"}, ()),
-    (["--supervise=visible"], {"cls", "visible"}, ("regressor.", "mask_token")),
-    (["--mask_ratio=0"], {"cls", "visible"}, ("regressor.", "mask_token")),
-], ids=["both", "masked", "random masks", "visible", "no mask"])
+@pytest.mark.parametrize(
+    "flags, parts, untouched",
+    [
+        ([], {"cls", "visible", "masked"}, ()),
+        (["--supervise=masked"], {"masked"}, ()),
+        (["--mask=random"], {"cls", "visible", "masked"}, ()),
+        (["--supervise=visible"], {"cls", "visible"}, ("regressor.", "mask_token")),
+        (["--mask_ratio=0"], {"cls", "visible"}, ("regressor.", "mask_token")),
+    ],
+    ids=["both", "masked", "random masks", "visible", "no mask"],
+)
 def test_each_way_of_supervision_trains_what_it_should(tmp_path, data, flags, parts, untouched):
     argv = [*TINY, "--data", str(data), "--out", str(tmp_path / "run"), *flags]
     assert call(*argv) == 0
@@ -172,7 +177,12 @@ def test_the_teacher_gets_no_gradient_and_keeps_every_byte(tmp_path, data, monke
 
 def test_accumulation_changes_nothing_but_memory(tmp_path, data):
     for micro in (8, 2):
-        assert call(*TINY, "--data", data, "--out", tmp_path / str(micro), "--micro_batch", micro, "--drop_path=0") == 0
+        assert (
+            call(
+                *TINY, "--data", data, "--out", tmp_path / str(micro), "--micro_batch", micro, "--drop_path=0"
+            )
+            == 0
+        )
     whole, parts = numbers(tmp_path / "8"), numbers(tmp_path / "2")
     for one, other in zip(whole, parts, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
@@ -187,7 +197,9 @@ def assert_close_weights(ours, theirs, atol=1e-6):
     """
     for name, tensor in ours.items():
         if not name.endswith("norm_k.bias"):
-            torch.testing.assert_close(tensor, theirs[name], atol=atol, rtol=0, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(
+                tensor, theirs[name], atol=atol, rtol=0, msg=lambda text: f"{name}: {text}"
+            )
 
 
 def test_two_processes_equal_one_with_accumulation(tmp_path, data):
@@ -197,7 +209,9 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, data):
     assert call(*flags, "--out", tmp_path / "one", "--micro_batch=4") == 0
     code, out, err = finish(two)
     assert code == 0, err
-    assert out.count("CAE v2") == 1 and "2 processes x 2 micro batches x 2 images" in out  # rank 0 alone talks
+    assert (
+        out.count("CAE v2") == 1 and "2 processes x 2 micro batches x 2 images" in out
+    )  # rank 0 alone talks
     lines = read_log(tmp_path / "two")
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     for one, other in zip(read_log(tmp_path / "one"), lines, strict=True):
@@ -210,10 +224,25 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, data):
 # -- interrupted equals unbroken
 
 
-@pytest.mark.parametrize("stops, flags", [
-    ([7], []), ([3, 4, 11], []), ([7], ["--save_every=2"]), ([7], ["--workers=2"]), ([], ["--workers=2"]),
-    ([], ["--save_every=4", "--workers=1"]),
-], ids=["one stop", "three stops", "own checkpoints", "two workers", "unbroken, two workers", "unbroken, one worker"])
+@pytest.mark.parametrize(
+    "stops, flags",
+    [
+        ([7], []),
+        ([3, 4, 11], []),
+        ([7], ["--save_every=2"]),
+        ([7], ["--workers=2"]),
+        ([], ["--workers=2"]),
+        ([], ["--save_every=4", "--workers=1"]),
+    ],
+    ids=[
+        "one stop",
+        "three stops",
+        "own checkpoints",
+        "two workers",
+        "unbroken, two workers",
+        "unbroken, one worker",
+    ],
+)
 def test_stopping_at_max_steps_and_going_on_changes_no_bit(tmp_path, data, unbroken, stops, flags):
     for stop in [*stops, STOP]:
         assert call(*LONG, "--data", data, "--out", tmp_path / "run", "--max_steps", stop, *flags) == 0
@@ -235,7 +264,11 @@ def test_a_crash_between_checkpoints_changes_no_bit(tmp_path, data, unbroken, mo
 
 
 def test_a_crash_while_writing_the_checkpoint_leaves_the_one_before(tmp_path, data, unbroken, monkeypatch):
-    argv, save, count = [*LONG, "--data", data, "--out", tmp_path / "run", "--max_steps", STOP], torch.save, [0]
+    argv, save, count = (
+        [*LONG, "--data", data, "--out", tmp_path / "run", "--max_steps", STOP],
+        torch.save,
+        [0],
+    )
 
     def half(state, path):
         count[0] += 1
@@ -317,12 +350,13 @@ def test_a_signal_within_a_step_finishes_that_step(tmp_path, data, unbroken, mon
 
 @pytest.mark.slow
 def test_torchrun_hands_the_signal_on_and_all_processes_stop_together(tmp_path, data):
-    out, argv = tmp_path / "run", [*LONG, "--data", data, "--out", tmp_path / "run", "--drop_path=0"]
+    out = tmp_path / "run"
+    argv = [*LONG, "--data", data, "--out", out, "--drop_path=0", "--workers=2"]
     process = start(*argv, processes=2)
     wait_for_steps(out, 4, process, seconds=120)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
-    assert code != 0
+    assert code != 0 and "killed by signal" not in err
     assert load(out)["step"] == read_log(out)[-1]["step"] >= 4
     stopped = load(out)["step"]
     assert call(*argv, "--max_steps", stopped + 2) == 0  # one process goes on where two were
@@ -334,7 +368,13 @@ def test_a_log_with_junk_at_its_end_is_mended(tmp_path, data, unbroken):
     out = tmp_path / "run"
     shutil.copytree(unbroken, out)
     clean = (out / "log.jsonl").read_text()
-    for junk in ('{"step": 21, "loss": 0.5}\n{"step": 22, "lo', '{"st', '{"step": 21, "loss": 0.5}', "\0" * 40, "\n"):
+    for junk in (
+        '{"step": 21, "loss": 0.5}\n{"step": 22, "lo',
+        '{"st',
+        '{"step": 21, "loss": 0.5}',
+        "\0" * 40,
+        "\n",
+    ):
         (out / "log.jsonl").write_text(clean + junk)
         assert call(*LONG, "--data", data, "--out", out, "--max_steps", STOP + 1) == 0, junk
         lines = read_log(out)
@@ -386,7 +426,9 @@ def test_bad_steps_that_are_not_in_a_row_do_not_stop_the_run(tmp_path, data, mon
     assert load(tmp_path / "run")["skipped"] == 27
 
 
-def test_ten_bad_steps_before_the_first_checkpoint_name_no_file_that_is_not_there(tmp_path, data, monkeypatch, capsys):
+def test_ten_bad_steps_before_the_first_checkpoint_name_no_file_that_is_not_there(
+    tmp_path, data, monkeypatch, capsys
+):
     disturb(monkeypatch, lambda number, loss: loss * float("nan"))
     assert call(*TINY, "--data", data, "--out", tmp_path / "run", "--save_every=100") == 1
     err = sentence(capsys.readouterr().err)
@@ -417,12 +459,12 @@ def test_out_of_memory_names_the_flag_that_helps(tmp_path, data, monkeypatch, ca
     assert [line["step"] for line in read_log(tmp_path / "run")] == list(range(1, 13))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 def test_a_full_disk_is_a_sentence_and_spares_the_checkpoint(tmp_path, data, capsys):
     argv = [*TINY, "--data", data, "--out", tmp_path / "run"]
     assert call(*argv, "--max_steps=3") == 0
     before = (tmp_path / "run" / "last.pt").read_bytes()
     capsys.readouterr()
+    resource = pytest.importorskip("resource", reason="POSIX limits")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond 50 kB
     try:
@@ -436,18 +478,21 @@ def test_a_full_disk_is_a_sentence_and_spares_the_checkpoint(tmp_path, data, cap
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_files_that_break_during_the_run(tmp_path, capfd, workers):
-    """One is replaced by its neighbour, with a warning; ten in a row end the run with a sentence."""
+def test_files_that_break_during_the_run(tmp_path, workers):
+    """One is replaced by its neighbour, with a warning; ten in a row end the run with a sentence.
+
+    In a process of its own: its workers must not keep it from ending, either.
+    """
     data = write_images(tmp_path / "images")
     argv = [*TINY, "--data", data, "--out", tmp_path / "run", "--workers", workers]
-    (data / "05.png").write_bytes(b"")
-    assert call(*argv, "--max_steps=3") == 0
-    assert "05.png" in capfd.readouterr().err
-    for index in range(1, 24):
+    for index in range(11, 24):
         (data / f"{index:02}.png").write_bytes(b"")
-    assert call(*argv) == 1
-    warnings, _, error = capfd.readouterr().err.rpartition("error:")
-    assert "cannot be read as an image" in sentence("error:" + error) and "Traceback" not in warnings
+    code, _, err = finish(start(*argv), seconds=60)
+    assert code == 1
+    # With workers, the warnings of files read ahead stand before and after the sentence.
+    assert len(re.findall("error: .*cannot be read as an image", err)) == 1 and "Traceback" not in err
+    assert err.count("the next file stands in for it") >= 9
+    assert not [name for name in os.listdir(tmp_path / "run") if "tmp" in name]
 
 
 # -- the same command, another command
@@ -465,10 +510,21 @@ def test_a_finished_run_says_so(tmp_path, data, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-@pytest.mark.parametrize("changed", [
-    "--lr=0.002", "--seed=1", "--mask_ratio=0.25", "--supervise=visible", "--batch_size=12", "--epochs=5",
-    "--drop_path=0.5", "--precision=bf16", "--mask=random", "--depth=3",
-])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "--lr=0.002",
+        "--seed=1",
+        "--mask_ratio=0.25",
+        "--supervise=visible",
+        "--batch_size=12",
+        "--epochs=5",
+        "--drop_path=0.5",
+        "--precision=bf16",
+        "--mask=random",
+        "--depth=3",
+    ],
+)
 def test_a_changed_field_stops_with_its_name(data, unbroken, capsys, changed):
     before = (unbroken / "last.pt").read_bytes()
     assert call(*LONG, "--data", data, "--out", unbroken, changed) == 1
@@ -502,9 +558,23 @@ def test_what_may_change_does(tmp_path, data, unbroken):
         if path != out:
             out.rename(path)
         before = load(path)["step"]
-        assert call(*LONG, "--data", data, "--out", path, "--workers=1", "--log_every=2", "--save_every=5",
-                    "--micro_batch=4", "--device=auto" if not torch.cuda.is_available() else "--device=cpu",
-                    "--max_steps", before + 4) == 0
+        assert (
+            call(
+                *LONG,
+                "--data",
+                data,
+                "--out",
+                path,
+                "--workers=1",
+                "--log_every=2",
+                "--save_every=5",
+                "--micro_batch=4",
+                "--device=auto" if not torch.cuda.is_available() else "--device=cpu",
+                "--max_steps",
+                before + 4,
+            )
+            == 0
+        )
         assert load(path)["step"] == before + 4
 
 
@@ -525,7 +595,12 @@ def test_everything_written_can_be_read_by_others(unbroken):
     names = {"config.json", "log.jsonl", "last.pt", "encoder.safetensors", "preview.png"}
     assert set(os.listdir(unbroken)) == names
     config = json.loads((unbroken / "config.json").read_text())
-    assert (config["method"], config["num_images"], config["batch_size"], config["total_steps"]) == ("cae_v2", 24, 8, 600)
+    assert (config["method"], config["num_images"], config["batch_size"], config["total_steps"]) == (
+        "cae_v2",
+        24,
+        8,
+        600,
+    )
     assert config["lr"] == 1e-3 and config["teacher"] == "demo" and "command" in config
     lines = read_log(unbroken)
     assert [line["step"] for line in lines] == list(range(1, STOP + 1))
@@ -539,21 +614,27 @@ def test_everything_written_can_be_read_by_others(unbroken):
 
 def test_the_exported_encoder_is_timms_vision_transformer(unbroken, data):
     with safe_open(unbroken / "encoder.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
+        config = json.loads(file.metadata()["about"])["config"]
     theirs = VisionTransformer(**config, num_classes=0, global_pool="").eval()
     theirs.load_state_dict(load_file(unbroken / "encoder.safetensors"), strict=True)
-    trained = {name.removeprefix("encoder."): tensor for name, tensor in weights(unbroken).items()
-               if name.startswith("encoder.")}
+    trained = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in weights(unbroken).items()
+        if name.startswith("encoder.")
+    }
     ours = common.ViT(**config).eval()
     ours.load_state_dict(trained)
     images = common.normalise(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours(images)[:, 0], theirs.forward_head(theirs.forward_features(images), pre_logits=True)[:, 0])
+        torch.testing.assert_close(
+            ours(images)[:, 0], theirs.forward_head(theirs.forward_features(images), pre_logits=True)[:, 0]
+        )
 
 
 def picture(path):
     from PIL import Image
+
     with Image.open(path) as image:
         assert image.format == "PNG"
         return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
@@ -564,12 +645,16 @@ def test_previews_of_untrained_given_and_trained_weights(tmp_path, data, unbroke
     absent = tmp_path / "no run"
     assert call(*argv, "--out", absent, "--preview", tmp_path / "untrained.png") == 0
     assert "untrained" in capsys.readouterr().out
-    assert call(*argv, "--out", absent, "--preview", tmp_path / "init.png", "--init", unbroken / "last.pt") == 0
+    assert (
+        call(*argv, "--out", absent, "--preview", tmp_path / "init.png", "--init", unbroken / "last.pt") == 0
+    )
     assert "last.pt" in capsys.readouterr().out
     assert call(*argv, "--out", unbroken, "--preview", tmp_path / "trained.png") == 0
     assert str(unbroken) in capsys.readouterr().out
     assert not absent.exists()
-    untrained, init, trained = (picture(tmp_path / f"{name}.png") for name in ("untrained", "init", "trained"))
+    untrained, init, trained = (
+        picture(tmp_path / f"{name}.png") for name in ("untrained", "init", "trained")
+    )
     assert torch.equal(init, trained) and not torch.equal(untrained, trained)
     assert torch.equal(trained, picture(unbroken / "preview.png"))  # as the run itself draws it
     assert load(unbroken)["step"] == STOP
@@ -594,26 +679,60 @@ def test_init_from_a_checkpoint_and_from_an_encoder(tmp_path, data, unbroken):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "args": argparse.Namespace(lr=1), "epoch": 3}],
-                         ids=["bare", "as released"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda state: state, lambda state: {"model": state, "args": argparse.Namespace(lr=1), "epoch": 3}],
+    ids=["bare", "as released"],
+)
 def test_init_from_the_authors_checkpoint(tmp_path, data, name, wrap):
     case = GOLDEN[name]
     c = case["config"]
     torch.save(wrap(case["state_dict"]), tmp_path / "official.pth")
     teacher = teacher_file(tmp_path, f"init_{name}", embed_dim=c["num_out_dim"])
-    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "regressor_dim": c["decoder_embed_dim"],
-             "regressor_depth": c["regressor_depth"], "regressor_heads": c["decoder_num_heads"], "init_values": c["init_values"]}
+    sizes = {
+        "img_size": 64,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 4,
+        "regressor_dim": c["decoder_embed_dim"],
+        "regressor_depth": c["regressor_depth"],
+        "regressor_heads": c["decoder_num_heads"],
+        "init_values": c["init_values"],
+    }
     flags = [f"--{flag}={value}" for flag, value in sizes.items()]
-    ours = first_weights(tmp_path / "run", "--data", data, *flags, "--teacher", teacher, "--init", tmp_path / "official.pth")
-    expected = cae_v2.CAEv2(64, 8, 48, 3, 4, c["num_out_dim"], c["decoder_embed_dim"], c["regressor_depth"],
-                            c["decoder_num_heads"], c["init_values"])
+    ours = first_weights(
+        tmp_path / "run", "--data", data, *flags, "--teacher", teacher, "--init", tmp_path / "official.pth"
+    )
+    expected = cae_v2.CAEv2(
+        64,
+        8,
+        48,
+        3,
+        4,
+        c["num_out_dim"],
+        c["decoder_embed_dim"],
+        c["regressor_depth"],
+        c["decoder_num_heads"],
+        c["init_values"],
+    )
     cae_v2.load_official(expected, case["state_dict"])
     assert differences(ours, dict(expected.state_dict())) == []
 
 
 def test_init_of_another_size_names_the_file_and_the_tensor(tmp_path, data, unbroken, capsys):
     for file in ("last.pt", "encoder.safetensors"):
-        argv = [*TINY, "--embed_dim=64", "--regressor_dim=64", "--data", data, "--out", tmp_path / "run", "--init", unbroken / file]
+        argv = [
+            *TINY,
+            "--embed_dim=64",
+            "--regressor_dim=64",
+            "--data",
+            data,
+            "--out",
+            tmp_path / "run",
+            "--init",
+            unbroken / file,
+        ]
         assert call(*argv) == 1
         err = sentence(capsys.readouterr().err)
         assert file in err and "size mismatch" in err
