@@ -51,7 +51,7 @@ import typing
 import urllib.error
 import urllib.request
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,7 +244,7 @@ def load_teacher(spec, img_size):
     if spec != "demo" and not is_path(source):
         source, mean_std = published_weights(name, source, config)
     path = weights_file(Path(source).expanduser())
-    state = read_weights(path, quick_gelu=bool(config.get("quick_gelu")))
+    state = tower_weights(path, quick_gelu=bool(config.get("quick_gelu")))
     visual = image_tower(name)
     try:
         visual.load_state_dict(state)
@@ -318,20 +318,23 @@ def is_path(source):
         source.endswith((".pt", ".pth", ".bin", ".safetensors"))
 
 
+# Under which names open_clip stores weights, in a folder or on the hub.
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
 def weights_file(path):
-    """The file itself, or the weights under one of open_clip's usual names in a folder."""
+    """The file itself, or the weights under one of open_clip's names in a folder."""
     if path.is_dir():
-        names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-        found = [path / name for name in names if (path / name).exists()]
+        found = [path / name for name in WEIGHTS if (path / name).exists()]
         if not found:
-            raise FileNotFoundError(f"the teacher's folder {path} holds no {' or '.join(names)}")
+            raise FileNotFoundError(f"the teacher's folder {path} holds no {' or '.join(WEIGHTS)}")
         return found[0]
     if not path.exists():
         raise FileNotFoundError(f"no teacher weights at {path}: check the path in --teacher")
     return path
 
 
-def read_weights(path, quick_gelu):
+def tower_weights(path, quick_gelu):
     """The image tower's weights from safetensors, a torch file, or OpenAI's TorchScript archive."""
     if path.suffix == ".safetensors":
         state = common.read_safetensors(path)
@@ -373,22 +376,24 @@ def published_weights(name, tag, config):
     if not published.get("hf_hub"):
         raise ValueError(f"the weights {tag} of {name} are not on the hub: fetch them by hand and "
                          f"give --teacher {name}:FILE")
-    repository, file = published["hf_hub"].rstrip("/"), "open_clip_model.safetensors"
+    repository, server = published["hf_hub"].rstrip("/"), huggingface_hub.constants.ENDPOINT
     mean_std = {key: published[key] for key in ("mean", "std") if key in published}
-    try:
-        return huggingface_hub.hf_hub_download(repository, file, local_files_only=True), mean_std
-    except huggingface_hub.errors.LocalEntryNotFoundError:
-        server = huggingface_hub.constants.ENDPOINT
-    page, problem = f"{server}/{repository}/resolve/main/{file}", "does not answer"
+    for file in WEIGHTS:
+        with suppress(huggingface_hub.errors.LocalEntryNotFoundError):
+            path = huggingface_hub.hf_hub_download(repository, file, local_files_only=True)
+            return path, mean_std
+    problem = "does not answer"
     if not huggingface_hub.constants.HF_HUB_OFFLINE and reachable(server):
-        print(f"fetching the teacher's weights from {page}", flush=True)
-        try:
-            return huggingface_hub.hf_hub_download(repository, file), mean_std
-        except (OSError, ValueError) as error:  # the hub's own errors are of these types
-            problem = f"refused them ({type(error).__name__})"
+        print(f"fetching the teacher's weights: {repository}", flush=True)
+        for file in WEIGHTS:
+            try:
+                return huggingface_hub.hf_hub_download(repository, file), mean_std
+            except (OSError, ValueError) as error:  # the hub's own errors are of these types
+                problem = f"refused them ({type(error).__name__})"
+    page = f"{server}/{repository}/resolve/main/{WEIGHTS[0]}"
     raise FileNotFoundError(
         f"the teacher's weights are not in the cache and {server} {problem}: download {page} "
-        f"on a machine with a network and give --teacher {name}:/path/to/{file}")
+        f"on a machine with a network and give --teacher {name}:/path/to/{WEIGHTS[0]}")
 
 
 def reachable(url, seconds=3.0):
@@ -829,9 +834,10 @@ def dry_run(config, folder):
 
 def main(argv=None):
     config = common.parse_config(Config, __doc__, SIZES, DEMO, argv)
-    run = common.Run("cae_v2", config, f"runs/cae_v2_{'demo' if config.demo else config.model}")
+    out = config.out or f"runs/cae_v2_{'demo' if config.demo else config.model}"
     if config.dry_run:
-        return dry_run(config, run.folder)
+        return dry_run(config, out)
+    run = common.Run("cae_v2", config, out)
     if config.preview:
         return draw(config, run)
     if run.finished:

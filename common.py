@@ -758,12 +758,12 @@ class Run:
     `state` is the content of last.pt, or None in a new folder. Nothing is written before `begin`.
     """
 
-    def __init__(self, method, config, default_out):
+    def __init__(self, method, config, out):
         self.method, self.config = method, config
-        self.folder, number = Path(config.out or default_out), 1
+        self.folder, number = Path(out), 1
         while config.fresh and self.folder.exists():
             number += 1
-            self.folder = Path(f"{config.out or default_out}-{number}")
+            self.folder = Path(f"{out}-{number}")
         self.checkpoint, self.state = self.folder / "last.pt", None
         if self.checkpoint.exists():
             self.state = read_checkpoint(self.checkpoint)
