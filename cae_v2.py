@@ -84,7 +84,7 @@ SIZES = {
 }
 
 DEMO = dict(model="vit_demo", data="scenes", teacher="demo", img_size=32, patch_size=4, epochs=2,
-            batch_size=64, lr=2e-3, warmup_epochs=0.1, drop_path=0.0, crop_min=0.6, workers=0,
+            batch_size=64, lr=3e-3, warmup_epochs=0.1, drop_path=0.0, crop_min=0.8, workers=0,
             log_every=25)
 
 
@@ -228,6 +228,7 @@ def clip_targets(visual, images):
     ln_post and the projection are applied to all tokens, class token first, then patches in raster
     order [code]; open_clip itself projects the pooled one only [D7]. Nothing is normalised here.
     """
+    visual.output_tokens = True  # open_clip's switch for the patches beside the pooled token
     pooled, patches = visual(images.to(visual.conv1.weight.dtype))
     return torch.cat([pooled[:, None], patches @ visual.proj], dim=1).float()  # (B, 1+N, C)
 
@@ -257,7 +258,7 @@ def load_teacher(spec, img_size):
     grid = tuple(side // step for side, step in zip(size, patch))
     table = resize_positions(visual.positional_embedding.data, grid)
     visual.positional_embedding = nn.Parameter(table)
-    visual.image_size, visual.grid_size, visual.output_tokens = size, grid, True
+    visual.image_size, visual.grid_size = size, grid
     visual.preprocess_cfg = {**visual.preprocess_cfg, **mean_std, "size": size}
     return visual.eval().requires_grad_(False)
 
@@ -815,7 +816,7 @@ def dry_run(config, folder):
     with torch.device("meta"):
         model, teacher = build(config, clip["embed_dim"]), image_tower(name, "meta")
         teacher.positional_embedding = nn.Parameter(torch.empty(1 + N, clip["vision_cfg"]["width"]))
-        teacher.output_tokens, targets = True, torch.empty(1, 1 + N, clip["embed_dim"])
+        targets = torch.empty(1, 1 + N, clip["embed_dim"])
         image, teacher_image = (torch.empty(1, 3, side, side) for side in (config.img_size, size))
     mask = common.random_masks(1, N, M)
     flops = common.count_flops(lambda: model(image, mask, targets, config.supervise)[0].backward())

@@ -387,7 +387,7 @@ def read_image(path):
                          "replace or remove the file") from error
 
 
-def find_data(spec, split, img_size=32, num_scenes=15_000):
+def find_data(spec, split, img_size=32, num_scenes=16_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
     SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a

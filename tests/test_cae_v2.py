@@ -100,7 +100,7 @@ def check_teacher(module, name, activation=QuickGELU):
     golden = GOLDEN["teacher"]
     c = golden["config"]
     tower = VisionTransformer(c["input_resolution"], c["patch_size"], c["width"], c["layers"], c["heads"],
-                              4.0, output_dim=c["output_dim"], act_layer=activation, output_tokens=True)
+                              4.0, output_dim=c["output_dim"], act_layer=activation)
     tower.load_state_dict(golden["state_dict"])
     targets = module.clip_targets(tower.eval(), golden["images"])
     torch.testing.assert_close(targets, golden["tokens"], atol=1e-5, rtol=0)
