@@ -842,7 +842,8 @@ def main(argv=None):
     if config.preview:
         return draw(config, run)
     if run.finished:
-        return print(f"the run in {run.folder} is finished, step {run.start}: --fresh starts anew")
+        return print(f"the run in {run.folder}/ is finished, step {run.start}: preview.png, "
+                     "log.jsonl, encoder.safetensors, last.pt lie there; --fresh starts anew")
     with common.processes(config.device) as processes:
         train(config, run, processes)
         if processes.main:
