@@ -227,7 +227,7 @@ class ViT(nn.Module):
 
 def pair(size):
     """An int or an (H, W) pair, as a pair of ints."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return (int(size[0]), int(size[1])) if hasattr(size, "__len__") else (int(size), int(size))
 
 
 def xavier_init(module):
