@@ -495,7 +495,7 @@ class CAEv2(nn.Module):
             nn.Linear(embed_dim, R), nn.LayerNorm(R, eps=1e-6))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, R))
         positions = common.sincos_2d(R, grid, first="row")[None]  # (1, N, R)
-        self.register_buffer("positions", positions.to(self.mask_token))
+        self.positions = nn.Parameter(positions.to(self.mask_token), requires_grad=False)
         rates = torch.linspace(0, drop_path_rate, regressor_depth, device="cpu").tolist()
         self.regressor = nn.ModuleList(
             RegressorBlock(R, regressor_heads, init_values and 0.1, rate) for rate in rates)
@@ -731,7 +731,7 @@ def train(config, run, processes):
         describe(config, model, plan, processes, data, run.folder)
     start = run.begin(processes, plan, model, optimizer, len(images))
     parallel = model if processes.world == 1 else nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model, gradient_as_bucket_view=True)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
     save_every = config.save_every or plan.steps_per_epoch
     batches = iter(common.training_loader(samples, plan, processes, config, start, run.stop))
