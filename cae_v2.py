@@ -27,7 +27,7 @@ Where they are silent, we decided:
   [D3] bf16 autocast without loss scaler instead of fp16 with one; in bf16 runs the teacher's
        weights are cast to bf16 once (authors: fp16).
   [D4] Augmentation on uint8 tensors instead of PIL images: the same operations in the same order,
-       equal up to the rounding of a resize.
+       equal up to rounding.
   [D5] The ablation of supervision positions is not released: `visible` is the mean over class token
        and visible patches, `masked` over masked patches.
   [D6] Every draw is a function of (seed, epoch, image) or (seed, step); authors: seed 0 + rank.
@@ -340,8 +340,8 @@ def tower_weights(path, quick_gelu):
     if path.suffix == ".safetensors":
         state = common.read_safetensors(path)
     elif is_torchscript(path):
-        # Only OpenAI publishes such archives, all of QuickGELU models; with plain GELU everything
-        # would run without a warning and the features would be wrong.
+        # OpenAI publishes such archives, all of QuickGELU models; with plain GELU everything would
+        # run without a warning and the features would be wrong.
         if not quick_gelu:
             raise ValueError(f"{path} is OpenAI's archive of a QuickGELU model: add -quickgelu to "
                              "the teacher's name")

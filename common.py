@@ -428,9 +428,15 @@ def find_data(spec, split, img_size=32, num_scenes=16_000):
 
 
 def list_images(folder):
-    """All image files below `folder`, sorted: every process and every run sees the same order."""
+    """All image files below `folder`, sorted: every process and every run sees the same order.
+
+    Raises OSError for a folder that may not be read, which would else be missing without a word.
+    """
+    def refuse(error):
+        raise error
+
     found = []
-    for path, folders, files in os.walk(folder, followlinks=True):
+    for path, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders.sort()
         found += [os.path.join(path, file) for file in sorted(files)
                   if file.lower().endswith(EXTENSIONS) and not file.startswith(".")]
@@ -685,6 +691,8 @@ def write_atomically(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk, say, which tells no name
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -897,9 +905,10 @@ class Run:
                          total_steps=self.plan.total_steps, num_images=self.num_images,
                          skipped=self.skipped, model=model.state_dict(),
                          optimizer=optimizer.state_dict())
-            write_atomically(self.checkpoint, lambda path: save_state(state, path))
+            # The encoder first: whoever is killed in between finds both made again on resuming.
             save_encoder(model.encoder, self.folder / "encoder.safetensors",
                          method=self.method, step=step)
+            write_atomically(self.checkpoint, lambda path: save_state(state, path))
 
     def close(self):
         self.bar.close()
