@@ -1021,3 +1021,18 @@ def test_the_real_configuration_follows_the_same_rules():
         cae_v2.Config, "", cae_v2.SIZES, cae_v2.DEMO, ["--demo", "--mask-ratio", "0.25"]
     )
     assert (config.model, config.embed_dim, config.img_size, config.mask_ratio) == ("vit_demo", 128, 32, 0.25)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Skipped without a word, it would make the data smaller than the user thinks."""
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        common.list_images(tmp_path)
