@@ -202,7 +202,7 @@ class Augment:
         self.sizes = list(dict.fromkeys([config.img_size, teacher_size]))
         self.jitter = v2.ColorJitter(*[config.color_jitter] * 3)
 
-    def __call__(self, image):
+    def __call__(self, image, label):  # labels have no use here
         config = self.config
         image = self.jitter(image)
         if torch.rand(()) < 0.5:
@@ -250,7 +250,8 @@ def load_teacher(spec, img_size):
     try:
         visual.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of {name}: {reason(error)}") from error
+        message = f"{path} does not hold the weights of {name}: {common.reason(error)}"
+        raise ValueError(message) from error
     size, patch = common.pair(img_size), common.pair(visual.patch_size)
     if any(side % step for side, step in zip(size, patch)):
         raise ValueError(f"the teacher {name} has patches of {patch[0]} pixels, which do not tile "
@@ -415,11 +416,6 @@ def reachable(url, seconds=3.0):
     thread.start()
     thread.join(seconds)
     return answered.is_set()
-
-
-def reason(error):
-    """The first informative line of load_state_dict's long message."""
-    return str(error).splitlines()[1].strip()[:200]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -597,7 +593,8 @@ def load_official(model, state_dict):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"not the weights of this CAE v2 model: {reason(error)}") from error
+        message = f"not the weights of this CAE v2 model: {common.reason(error)}"
+        raise ValueError(message) from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,12 +647,6 @@ def preview(path, config, model, teacher, batch, device):
         "per image.")
 
 
-def first_batch(samples, count=6):
-    """The same few samples each time, so that the pictures of a run can be compared."""
-    keys = [(0, index % len(samples.images)) for index in range(count)]
-    return torch.utils.data.default_collate([samples[key] for key in keys])
-
-
 # --------------------------------------------------------------------------------------------------
 # Train
 
@@ -691,7 +682,8 @@ def start_from(model, path):
     except ValueError as error:
         raise ValueError(f"--init {path}: {error}") from error
     except RuntimeError as error:
-        raise ValueError(f"--init {path} does not fit this model: {reason(error)}") from error
+        message = f"--init {path} does not fit this model: {common.reason(error)}"
+        raise ValueError(message) from error
 
 
 def prepare(config, processes, init):
@@ -721,7 +713,7 @@ def train(config, run, processes):
                             processes.world)
     teacher, model = prepare(config, processes, "" if run.state else config.init)
     samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+    if common.uses_compile(device, config.compile):
         for blocks in (model.encoder.blocks, model.regressor, teacher.transformer.resblocks):
             common.compile_blocks(blocks)
     groups = common.parameter_groups(model, config.weight_decay)
@@ -737,7 +729,6 @@ def train(config, run, processes):
     batches = iter(common.training_loader(samples, plan, processes, config, start, run.stop))
 
     model.train()
-    failures = 0
     for step in range(start, run.stop):
         lr = common.learning_rate(step, config.lr, warmup_steps, plan.total_steps, config.min_lr)
         for group in optimizer.param_groups:
@@ -756,18 +747,8 @@ def train(config, run, processes):
                 (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
 
-        # Waiting for the device here, once a step, buys that no bad gradient ever reaches the
-        # weights [D8]. The norm is that of the summed gradient: all processes decide alike.
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        if grad_norm.isfinite():
-            optimizer.step()
-            failures = 0
-        else:
-            run.skipped, failures = run.skipped + 1, failures + 1
-            if failures == 10:
-                raise ValueError(f"no finite gradient in ten steps up to {step + 1}: start again "
-                                 "with --fresh and a lower --lr, from a checkpoint with --init")
-        optimizer.zero_grad(set_to_none=True)
+        run.update(optimizer, grad_norm)  # skips a step whose gradient is not finite [D8]
 
         run.log(step + 1, lr, grad_norm)
         stopping = run.stopping()
@@ -775,7 +756,7 @@ def train(config, run, processes):
             run.save(model, optimizer, step + 1)
             if processes.main:
                 picture = run.folder / "preview.png"
-                preview(picture, config, model, teacher, first_batch(samples), device)
+                preview(picture, config, model, teacher, common.first_batch(samples), device)
                 model.train()
         if stopping:
             break
@@ -789,21 +770,14 @@ def train(config, run, processes):
 def describe(config, model, plan, processes, data, folder):
     """Prints the resolved recipe, with its numbers as equations."""
     total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
-    bf16 = common.uses_bf16(processes.device, config.precision)
     scaled = config.lr * plan.batch_size / 2048
     note = f" (linear scaling from the paper's 2048 would give {scaled:.2e})"
     print(f"CAE v2   {config.model}: {total:,} parameters, {encoder:,} of them in the encoder\n"
           f"task     {config.num_masked} of {config.grid**2} patches hidden ({config.mask}), "
           f"supervised: {config.supervise}, teacher: {config.teacher}\n"
           f"data     {data}\n"
-          f"batch    {plan.batch_size} = {processes.world} processes x {plan.accumulation} micro "
-          f"batches x {plan.micro_batch} images\n"
           f"lr       {config.lr:.2e} at the peak, absolute{note if scaled != config.lr else ''}\n"
-          f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}, "
-          f"{config.warmup_epochs:g} epochs of warm-up\n"
-          f"device   {processes.device}, {'bf16' if bf16 else 'fp32'}\n"
-          f"files    {folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png",
-          flush=True)
+          f"{common.describe(config, plan, processes, folder)}", flush=True)
 
 
 def dry_run(config, folder):
@@ -858,7 +832,8 @@ def draw(config, run):
         if run.state:
             model.load_state_dict(run.state["model"])
         samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)
-        preview(config.preview, config, model, teacher, first_batch(samples), processes.device)
+        batch = common.first_batch(samples)
+        preview(config.preview, config, model, teacher, batch, processes.device)
     weights = run.checkpoint if run.state else config.init or "untrained weights"
     print(f"drew {config.preview} from {weights}")
 

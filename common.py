@@ -468,7 +468,7 @@ def cifar10_data(split):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Training samples: `samples[epoch, index]` is `transform(uint8 image (3, H, W))`.
+    """Training samples: `samples[epoch, index]` is `transform(*images[index])`, so image and label.
 
     The transform draws from torch's default generator, seeded per (seed, epoch, index): a sample is
     the same in whatever worker, rank or order it is made. A file that cannot be read must not end a
@@ -482,14 +482,14 @@ class Samples(torch.utils.data.Dataset):
         epoch, index = key
         for substitute in range(10):
             try:
-                image, _ = self.images[(index + substitute) % len(self.images)]
+                sample = self.images[(index + substitute) % len(self.images)]
                 break
             except ValueError as error:
                 if substitute == 9:
                     raise
                 sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
         torch.default_generator.manual_seed(seed_for(self.seed, "sample", epoch, index))
-        return self.transform(image)
+        return self.transform(*sample)
 
 
 class MicroBatches(torch.utils.data.Sampler):
@@ -525,14 +525,21 @@ def own_group(worker_id):
         os.setpgrp()
 
 
-def training_loader(samples, plan, processes, config, start, stop):
+def first_batch(samples, count=6):
+    """The same few samples each time, so that the pictures of a run can be compared."""
+    keys = [(0, index % len(samples.images)) for index in range(count)]
+    return torch.utils.data.default_collate([samples[key] for key in keys])
+
+
+def training_loader(samples, plan, processes, config, start, stop, collate=None):
     """A DataLoader over this rank's micro batches, from step `start` to before step `stop`.
 
     Warns where the workers' batches may not fit in shared memory, which kills them without a word.
     """
     keys = MicroBatches(len(samples.images), plan, processes, config.seed, start, stop)
     if config.workers and os.path.isdir("/dev/shm") and processes.main:
-        size = sum(tensor.nbytes for tensor in samples[0, 0]) * plan.micro_batch / 2**30
+        tensors = [value for value in samples[0, 0] if isinstance(value, torch.Tensor)]
+        size = sum(tensor.nbytes for tensor in tensors) * plan.micro_batch / 2**30
         need = 2 * size * config.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         free = shutil.disk_usage("/dev/shm").free / 2**30
         if need > free:
@@ -540,7 +547,7 @@ def training_loader(samples, plan, processes, config, start, stop):
                   f"{free:.1f}: lower --workers, or raise docker's --shm-size", file=sys.stderr)
     return torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=config.workers, worker_init_fn=own_group,
-        pin_memory=processes.device.type == "cuda")
+        pin_memory=processes.device.type == "cuda", collate_fn=collate)
 
 
 def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -642,20 +649,25 @@ def make_plan(num_images, batch_size, micro_batch, epochs, world):
     return Plan(batch_size, micro_batch, share // micro_batch, steps, epochs * steps)
 
 
-def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
-    """Linear warm-up from 0, at `peak` in step warmup_steps - 1, then half a cosine to `floor`."""
+def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0, start=0.0):
+    """Linear from `start` to `peak` in step warmup_steps - 1, then half a cosine to `floor`."""
     if step < warmup_steps:
-        return peak * step / max(warmup_steps - 1, 1)
+        return start + (peak - start) * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model, weight_decay):
-    """AdamW groups: parameters of fewer than two dimensions, or named `.bias`, do not decay."""
+def decays(name, parameter):
+    """timm's rule, which most follow: no weight decay on vectors and on what is named `.bias`."""
+    return parameter.ndim >= 2 and not name.endswith(".bias")
+
+
+def parameter_groups(model, weight_decay, decays=decays):
+    """AdamW groups of the trainable parameters: those that decay, and the rest."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (rest if parameter.ndim < 2 or name.endswith(".bias") else decay).append(parameter)
+            (decay if decays(name, parameter) else rest).append(parameter)
     return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
 
@@ -667,6 +679,11 @@ def autocast(device, precision):
 def uses_bf16(device, precision):
     """`auto` means bf16 on a GPU, fp32 elsewhere."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def uses_compile(device, choice):
+    """`auto` means torch.compile on a GPU, none elsewhere."""
+    return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
 def count_flops(run):
@@ -745,6 +762,11 @@ def read_weights(path, key):
     return state
 
 
+def reason(error):
+    """The first informative line of load_state_dict's long message."""
+    return str(error).splitlines()[1].strip()[:200]
+
+
 def read_safetensors(path):
     """A .safetensors file as a dict of tensors. Raises FileNotFoundError or ValueError."""
     if not os.path.isfile(path):
@@ -766,8 +788,8 @@ class Run:
     `state` is the content of last.pt, or None in a new folder. Nothing is written before `begin`.
     """
 
-    def __init__(self, method, config, out):
-        self.method, self.config = method, config
+    def __init__(self, method, config, out, kind="pretraining"):
+        self.method, self.config, self.kind = method, config, kind
         self.folder, number = Path(out), 1
         while config.fresh and self.folder.exists():
             number += 1
@@ -792,7 +814,8 @@ class Run:
 
     def begin(self, processes, plan, model, optimizer, num_images):
         """Restores an interrupted run, writes config.json, trims the log; gives the first step."""
-        self.processes, self.plan, self.num_images, self.skipped = processes, plan, num_images, 0
+        self.processes, self.plan, self.num_images = processes, plan, num_images
+        self.skipped = self.failures = 0
         if self.state:
             if self.state["num_images"] != num_images:
                 raise ValueError(
@@ -836,6 +859,23 @@ class Run:
         batch = next(batches)
         self.waited += time.perf_counter() - before
         return batch
+
+    def update(self, optimizer, grad_norm):
+        """The optimiser's step, unless the gradient is not finite: that is skipped and counted.
+
+        Waiting for the device here, once a step, buys that no bad gradient ever reaches the
+        weights. The norm is that of the summed gradient, so all processes decide alike.
+        Raises ValueError after ten bad steps in a row.
+        """
+        if grad_norm.isfinite():
+            optimizer.step()
+            self.failures = 0
+        else:
+            self.skipped, self.failures = self.skipped + 1, self.failures + 1
+            if self.failures == 10:
+                raise ValueError("no finite gradient in ten steps: start again with --fresh and a "
+                                 "lower --lr, from a checkpoint with --init")
+        optimizer.zero_grad(set_to_none=True)
 
     def record(self, **values):
         """Adds scalars to the averages of the next log line, without waiting for the device."""
@@ -897,14 +937,17 @@ class Run:
         flag = torch.tensor(float(self.signal is not None), device=self.processes.device)
         return bool(self.processes.sum(flag) > 0)
 
-    def save(self, model, optimizer, step):
-        """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need."""
+    def save(self, model, optimizer, step, **more):
+        """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need.
+
+        `model.encoder` is a ViT; `more` is plain data or tensors, found in `state` on resuming.
+        """
         if self.processes.main:
-            state = dict(kind="pretraining", method=self.method, version=VERSION,
+            state = dict(kind=self.kind, method=self.method, version=VERSION,
                          config=dataclasses.asdict(self.config), step=step,
                          total_steps=self.plan.total_steps, num_images=self.num_images,
                          skipped=self.skipped, model=model.state_dict(),
-                         optimizer=optimizer.state_dict())
+                         optimizer=optimizer.state_dict(), **more)
             # The encoder first: whoever is killed in between finds both made again on resuming.
             save_encoder(model.encoder, self.folder / "encoder.safetensors",
                          method=self.method, step=step)
@@ -937,6 +980,18 @@ def duration(seconds):
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def describe(config, plan, processes, folder):
+    """The lines of a recipe that all runs have in common: batch, steps, device, files."""
+    bf16 = uses_bf16(processes.device, config.precision)
+    return (f"batch    {plan.batch_size} = {processes.world} processes x {plan.accumulation} micro "
+            f"batches x {plan.micro_batch} images\n"
+            f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}, "
+            f"{config.warmup_epochs:g} epochs of warm-up\n"
+            f"device   {processes.device}, {'bf16' if bf16 else 'fp32'}\n"
+            f"files    {folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, "
+            "preview.png")
 
 
 # --------------------------------------------------------------------------------------------------

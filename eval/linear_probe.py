@@ -22,23 +22,17 @@ Dimension key: B batch, N patches, D width, K classes, n images, H image height 
 """
 
 import dataclasses
-import hashlib
-import json
-import math
-import os
-import sys
 import time
 import typing
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import common
 from common import flag
-from eval.encoders import find_file, load_encoder
+from eval.protocol import (CentreViews, EvalConfig, append_result, check_classes, open_checkpoint,
+                           random_encoder)
 
 # Added to the diagonal of the correlation matrix of the features, whose own diagonal is 1. In terms of the
 # sum over n images: RIDGE * n. Fixed, so that no number was chosen by looking at the test images.
@@ -46,54 +40,10 @@ RIDGE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(EvalConfig):
     """The whole command line."""
 
-    checkpoint: str = flag("", "a file (ours, timm, MAE, CAE v2), or the folder of a run")
-    data: str = flag("", "a folder with train/ and val/ (a folder per class), `cifar10` or `scenes` "
-                         "(default: $IMAGENET, else data/imagenet)")
     pool: typing.Literal["mean", "cls"] = flag("mean", "mean of the patch tokens, or class token")
-    num_heads: int = flag(0, "heads of the encoder (default: what the file says, else the usual)")
-    seed: int = flag(0, "of the weights of the random encoder")
-    batch_size: int = flag(256, "images computed at once; changes no number but in rounding")
-    workers: int = flag(-1, "data-loading processes (default: the cores, at most 16; none for scenes)")
-    device: typing.Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "where to compute")
-
-    def __post_init__(self):
-        if not self.checkpoint:
-            raise ValueError("--checkpoint is missing: give the encoder's file, or the folder of a run")
-        if self.num_heads < 0 or self.seed < 0 or self.batch_size < 1:
-            raise ValueError("--num_heads and --seed must not be negative, --batch_size must be at least 1")
-        if self.workers < 0:
-            workers = 0 if self.data == "scenes" else min(os.cpu_count() or 1, 16)
-            object.__setattr__(self, "workers", workers)
-
-
-class CentreViews(torch.utils.data.Dataset):
-    """The images of a `common.Images` at one size (H, W), with their labels: (uint8 (3, H, W), label)."""
-
-    def __init__(self, images, size):
-        self.images, self.size = images, size
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image, label = self.images[index]
-        return centre_view(image, self.size), label
-
-
-def centre_view(image, size):
-    """The papers' view for tests, uint8 (3, h, w) to (3, H, W): short side to 256, bicubic, then the centre
-    of 224 pixels, in proportion for other sizes. An image that has the size already stays as it is."""
-    (height, width), (h, w) = size, image.shape[1:]
-    if (h, w) == (height, width):
-        return image
-    scale = max(height / h, width / w) * 256 / 224
-    # The long side rounds down, as torchvision's Resize does.
-    resized = [math.floor(side * scale + 1e-6) for side in (h, w)]
-    image = TF.resize(image, resized, TF.InterpolationMode.BICUBIC, antialias=True)
-    return TF.center_crop(image, [height, width])
 
 
 @torch.no_grad()
@@ -151,52 +101,23 @@ def probe(vit, train, val, config, device):
     return accuracy(extract(vit, val, config, device), weight, bias)
 
 
-def check_classes(train, val):
-    """The label of a class is its place in the list: two lists that differ would compare cats with dogs."""
-    if train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"the {len(train.classes)} classes of {train.name} and the {len(val.classes)} of "
-                         f"{val.name} must be the same; in one of them only: {', '.join(only[:3])}"
-                         f"{' ...' if len(only) > 3 else ''}")
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def main(argv=None):
-    config, start = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
-    checkpoint = find_file(config.checkpoint)
-    log = checkpoint.parent / "eval.jsonl"
-    if not os.access(log if log.exists() else log.parent, os.W_OK):
-        raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint to a "
-                         "folder of your own")
-    vit = load_encoder(checkpoint, **{"num_heads": config.num_heads} if config.num_heads else {})
+    config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
+    checkpoint, vit = open_checkpoint(config)
     if config.pool == "cls" and vit.cls_token is None:
         raise ValueError(f"--pool cls: the encoder in {checkpoint} has no class token, use --pool mean")
     train, val = (common.find_data(config.data, split, vit.img_size[0]) for split in ("train", "val"))
     check_classes(train, val)
-    torch.manual_seed(config.seed)
-    random_vit = common.ViT(**vit.config)
+    encoders = dict(random_init=random_encoder(vit, config.seed), accuracy=vit)
     with common.processes(config.device) as processes:
         if processes.world > 1:
             raise ValueError("the linear probe runs in one process: start it with python, not torchrun")
         percent = {name: probe(encoder, train, val, config, processes.device)
-                   for name, encoder in (("random_init", random_vit), ("accuracy", vit))}
-    record = dict(
-        kind="linear_probe", protocol="ridge", checkpoint=str(checkpoint), sha256=sha256(checkpoint),
-        data=config.data, train=train.name, val=val.name, train_images=len(train), val_images=len(val),
-        classes=len(train.classes), pool=config.pool, ridge=RIDGE, **percent, seed=config.seed,
-        encoder=vit.config, view="torchvision uint8, bicubic antialias", device=str(processes.device),
-        seconds=round(time.perf_counter() - start, 1), torch=torch.__version__,
-        torchvision=torchvision.__version__, flags=dataclasses.asdict(config), command=" ".join(sys.argv))
-    with open(log, "a") as file:
-        file.write(json.dumps(record) + "\n")
-    print(f"appended to {log}")
+                   for name, encoder in encoders.items()}
+    append_result("linear_probe", checkpoint, vit, config, started, protocol="ridge", data=config.data,
+                  train=train.name, val=val.name, train_images=len(train), val_images=len(val),
+                  classes=len(train.classes), pool=config.pool, ridge=RIDGE, **percent, seed=config.seed,
+                  device=str(processes.device))
     floor, reached = percent["random_init"], percent["accuracy"]
     print(f"linear probe: random init {floor:.1f} %, pre-trained {reached:.1f} %")
 

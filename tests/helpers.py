@@ -35,10 +35,10 @@ def write_images(folder, count=24, size=(48, 40), kind=".png"):
     return folder
 
 
-def call(*argv):
-    """The script in this process, as `python cae_v2.py` runs it: its exit code."""
+def call(*argv, main=cae_v2.main):
+    """A script's main in this process, as `python cae_v2.py` runs it: its exit code."""
     try:
-        common.run_main(lambda: cae_v2.main([str(word) for word in argv]))
+        common.run_main(lambda: main([str(word) for word in argv]))
     except SystemExit as stop:
         return stop.code or 0
     return 0
@@ -54,10 +54,14 @@ def environment(**changes):
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **changes}
 
 
-def start(*argv, processes=1, group=False, **changes):
-    """The script in a process of its own, or in several under torchrun; `group`: in a group of its own."""
+def start(*argv, script="cae_v2.py", processes=1, group=False, **changes):
+    """A script in a process of its own, or in several under torchrun; `group`: in a group of its own.
+
+    `script` is a file of the repository, or `-m eval.NAME` as a list of two words.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / "cae_v2.py", *argv]
+    script = [ROOT / script] if isinstance(script, str) else script
+    command = [sys.executable, *(launcher if processes > 1 else []), *script, *argv]
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,

@@ -362,13 +362,13 @@ def test_augmentation_order_and_shared_crop():
     image = torch.randint(256, (3, 90, 120), dtype=torch.uint8)
     image = F.avg_pool2d(image[None].float(), 9, 1, 4)[0].byte()  # smooth, so that two sizes can be compared
     torch.manual_seed(3)
-    student, teacher, mask = cae_v2.Augment(config, 56)(image)
+    student, teacher, mask = cae_v2.Augment(config, 56)(image, -1)
     assert student.shape == (3, 64, 64) and teacher.shape == (3, 56, 56) and student.dtype == torch.uint8
     assert mask.shape == (64,) and mask.sum() == config.num_masked
     resized = F.interpolate(student[None].float(), size=(56, 56), mode="bicubic", antialias=True)[0]
     assert (resized - teacher.float()).abs().mean() < 2
     torch.manual_seed(3)
-    assert len(cae_v2.Augment(config, 64)(image)) == 2  # one image serves both where the sizes agree
+    assert len(cae_v2.Augment(config, 64)(image, -1)) == 2  # one image serves both where the sizes agree
     names = []
     augment = cae_v2.Augment(config, 64)
     augment.jitter = lambda image: names.append("jitter") or image
@@ -379,5 +379,5 @@ def test_augmentation_order_and_shared_crop():
             patch.setattr(cae_v2.TF, name, wrapper)
             if name == "horizontal_flip":
                 continue
-            augment(image)
+            augment(image, -1)
     assert names[0] == "jitter" and names[-1] == "resized_crop"

@@ -535,7 +535,7 @@ def test_cifar10_that_is_not_there(tmp_path, monkeypatch):
 class Draws:
     """A transform that gives away the picture and the generator it was handed."""
 
-    def __call__(self, image):
+    def __call__(self, image, label):
         return image.float().mean(), torch.rand(3)
 
 

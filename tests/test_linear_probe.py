@@ -17,7 +17,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 import common
 from eval.encoders import export
-from eval.linear_probe import (Config, accuracy, centre_view, check_classes, extract, fit_ridge, main, probe)
+from eval.linear_probe import Config, accuracy, extract, fit_ridge, main, probe
+from eval.protocol import centre_view, check_classes
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2)
