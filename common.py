@@ -937,10 +937,11 @@ class Run:
         flag = torch.tensor(float(self.signal is not None), device=self.processes.device)
         return bool(self.processes.sum(flag) > 0)
 
-    def save(self, model, optimizer, step, **more):
+    def save(self, model, optimizer, step, encoder=None, **more):
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need.
 
-        `model.encoder` is a ViT; `more` is plain data or tensors, found in `state` on resuming.
+        `encoder` is the ViT to export, by default `model.encoder`; `more` is plain data or tensors,
+        found in `state` on resuming.
         """
         if self.processes.main:
             state = dict(kind=self.kind, method=self.method, version=VERSION,
@@ -949,7 +950,7 @@ class Run:
                          skipped=self.skipped, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), **more)
             # The encoder first: whoever is killed in between finds both made again on resuming.
-            save_encoder(model.encoder, self.folder / "encoder.safetensors",
+            save_encoder(encoder or model.encoder, self.folder / "encoder.safetensors",
                          method=self.method, step=step)
             write_atomically(self.checkpoint, lambda path: save_state(state, path))
 
