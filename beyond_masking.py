@@ -337,21 +337,12 @@ def answer_target(clean, patch_size, img_size):
 # Model
 
 
-def sinusoid(num_patches, dim):
-    """The fixed 1-D position table (N, D), float32: channels 2k and 2k+1 of patch n are the
-    sine and the cosine of n / 10000^(2k / D) [code]. Δ"""
-    n = torch.arange(num_patches, dtype=torch.float64, device="cpu")[:, None]
-    j = torch.arange(dim, dtype=torch.float64, device="cpu")
-    angles = n / 10000 ** (j // 2 * 2 / dim)  # (N, D)
-    return torch.where(j % 2 == 0, angles.sin(), angles.cos()).float()
-
-
 class Decoder(nn.Module):
     """Blocks, LayerNorm, linear head, on all patches [code]."""
 
     def __init__(self, grid, dim, depth, num_heads, outputs):
         super().__init__()
-        table = sinusoid(math.prod(grid), dim)[None]  # (1, N, E)
+        table = common.sinusoid_1d(dim, math.prod(grid))[None]  # (1, N, E)
         self.positions = nn.Parameter(table.to(torch.empty(0).device), requires_grad=False)
         self.blocks = nn.ModuleList(common.Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -379,7 +370,8 @@ class BeyondMasking(nn.Module):
         self.encoder = common.ViT(img_size, patch_size, in_chans=1 if task == "decolor" else 3,
                                   embed_dim=embed_dim, depth=depth, num_heads=num_heads,
                                   class_token=class_token)
-        self.encoder.set_positions(sinusoid(math.prod(self.encoder.grid), embed_dim))
+        N = math.prod(self.encoder.grid)
+        self.encoder.set_positions(common.sinusoid_1d(embed_dim, N))  # Δ not 2-D [code]
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim), requires_grad=hides(task))
         self.decoder = Decoder(self.encoder.grid, decoder_dim, decoder_depth, decoder_heads,

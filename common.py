@@ -297,6 +297,15 @@ def sincos_2d(dim, grid, first="column"):
     return torch.cat(halves, dim=1)  # (N, dim)
 
 
+def sinusoid_1d(dim, num_patches):
+    """Fixed 1-D position table (N, dim), float32, over patches in raster order: channels 2k and
+    2k+1 of patch n are the sine and the cosine of n / 10000^(2k / dim)."""
+    n = torch.arange(num_patches, dtype=torch.float64, device="cpu")[:, None]
+    j = torch.arange(dim, dtype=torch.float64, device="cpu")
+    angles = n / 10000 ** (j // 2 * 2 / dim)  # (N, dim)
+    return torch.where(j % 2 == 0, angles.sin(), angles.cos()).float()
+
+
 def random_masks(batch, num_patches, num_masked, generator=None):
     """(batch, num_patches) bool, True = hidden: `num_masked` random patches in every row."""
     check_num_masked(num_masked, num_patches)

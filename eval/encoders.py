@@ -4,11 +4,15 @@
     our encoder.safetensors, timm and    patch_embed.proj.weight            nothing: these are ViT's names
     facebookresearch/mae
     our last.pt                          encoder.patch_embed.proj.weight    the prefix goes
-    official CAE v2                      blocks.0.attn.q_bias               `from_cae_v2`
+    official CAE v2                      blocks.0.attn.q_bias               `fused_biases`
+    official Beyond Masking              the same, and no pos_embed         `from_beyond_masking`
 
 Another format is one more function `from_...` and two more lines in `to_timm`; everything after it works
 on timm's names alone. Sizes come from the shapes. The position table is loaded, never recomputed (two
-orders of the sin-cos table exist in the wild), and resized where another image size is asked for.
+orders of the sin-cos table exist in the wild), and resized where another image size is asked for. The 1-D
+sinusoid of Beyond Masking is no map that could be resized: from one row of patches to the next its fast
+channels turn by more than a circle, and what lies between two such codes is the code of no place. It is
+computed anew.
 
 Nothing is loaded by halves: a part that the file lacks is an error, and so is a part of the file's encoder
 that this ViT lacks, because both give features that look plausible and are wrong.
@@ -41,9 +45,10 @@ def load_encoder(path, **override):
     """The encoder in a checkpoint as a `common.ViT`: float32, on the CPU, in training mode as if new.
 
     `path` is a file, or the folder of a run. `override` replaces arguments of ViT: `img_size` (the position
-    table is resized, bicubic, the class row kept), `num_heads`, `drop_path_rate`; other sizes may be stated
-    and must then be those of the file. The number of heads leaves no trace in a weight: it is the override,
-    else what the file says of itself, else what `assumed_heads` takes it to be.
+    table is resized, bicubic, the class row kept), `num_heads`, `drop_path_rate`, and `in_chans=3` makes an
+    encoder of grey images take RGB; other sizes may be stated and must then be those of the file. The number
+    of heads leaves no trace in a weight: it is the override, else what the file says of itself, else what
+    `assumed_heads` takes it to be.
     Prints three lines: loaded, new, ignored. Raises FileNotFoundError, or ValueError where the file cannot
     be read safely, is no such encoder, or is not all of one.
     """
@@ -56,6 +61,9 @@ def load_encoder(path, **override):
             vit = common.ViT(**config)
         wanted = vit.state_dict()
         weights["pos_embed"] = fit_positions(weights["pos_embed"], grid, vit)
+        kernel = weights["patch_embed.proj.weight"]
+        if (kernel.shape[1], vit.config["in_chans"]) == (1, 3):  # a third per colour: grey stays grey
+            weights["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1) / 3  # (D, 3, P, P)
         check_whole(weights, wanted)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -112,18 +120,21 @@ def to_timm(state):
     outside = [key for key in state if not key.startswith(prefix)]
     form = "timm"
     if "blocks.0.attn.q_bias" in weights:
-        form, weights = "CAE v2", from_cae_v2(weights)
+        form, weights = "CAE v2", fused_biases(weights)
+        if "pos_embed" not in weights and "blocks.0.ls1.gamma" not in weights:
+            form, weights = "Beyond Masking", from_beyond_masking(weights)
     # The three tensors that all sizes are read from.
     for key, ndim in {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}.items():
         if key not in weights or weights[key].ndim != ndim:
             some = f" ({', '.join(list(state)[:3])} ...)" if state else ""
             raise ValueError(f"this is no vision transformer in a known format: among its {len(state)} "
                              f"tensors{some} is no {key} with {ndim} dimensions; known are our "
-                             "encoder.safetensors and last.pt, timm, facebookresearch/mae, official CAE v2")
+                             "encoder.safetensors and last.pt, timm, facebookresearch/mae, official CAE v2 "
+                             "and Beyond Masking")
     return form, weights, outside
 
 
-def from_cae_v2(weights):
+def fused_biases(weights):
     """Attention has no key bias there: zeros in the fused one say the same. Gamma is layer scale."""
     renamed = {}
     for key, value in weights.items():
@@ -134,6 +145,13 @@ def from_cae_v2(weights):
         elif not key.endswith("attn.v_bias"):
             renamed[re.sub(r"gamma_([12])$", r"ls\1.gamma", key)] = value
     return renamed
+
+
+def from_beyond_masking(weights):
+    """The file has a class token that nothing has used, and no position table: it is of 14 x 14 patches."""
+    width = len(weights["patch_embed.proj.bias"])
+    kept = {key: value for key, value in weights.items() if key != "cls_token"}
+    return {**kept, "pos_embed": common.sinusoid_1d(width, 14 * 14)[None]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,7 +221,10 @@ def fit_positions(table, grid, vit):
     head, patches = table[:, :-N].float(), table[:, -N:].float()  # (1, [1], D), (1, N, D)
     if vit.cls_token is not None and not head.shape[1]:
         head = torch.zeros_like(patches[:, :1])  # a class token that receives no position
-    if grid != vit.grid:
+    sinusoid = common.sinusoid_1d(patches.shape[2], N)[None]  # (1, N, D)
+    if grid != vit.grid and torch.allclose(patches, sinusoid, atol=1e-3):  # half precision has 5e-4
+        patches = common.sinusoid_1d(patches.shape[2], math.prod(vit.grid))[None]  # (1, N', D)
+    elif grid != vit.grid:
         patches = rearrange(patches, "one (h w) d -> one d h w", h=grid[0])  # (1, D, h, w)
         patches = F.interpolate(patches, vit.grid, mode="bicubic", align_corners=False)  # (1, D, h', w')
         patches = rearrange(patches, "one d h w -> one (h w) d")  # (1, N', D)

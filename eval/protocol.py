@@ -56,7 +56,7 @@ def open_checkpoint(config, **override):
         raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint to a "
                          "folder of your own")
     given = {name: getattr(config, name) for name in ("img_size", "num_heads") if getattr(config, name)}
-    return path, load_encoder(path, **given, **override)
+    return path, load_encoder(path, in_chans=3, **given, **override)
 
 
 def random_encoder(vit, seed):

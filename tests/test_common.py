@@ -272,6 +272,14 @@ def test_sincos_by_an_independent_formula(grid, first):
     np.testing.assert_allclose(table.numpy(), expected, atol=1e-6)
 
 
+def test_the_1d_sinusoid_by_numpy():
+    table = common.sinusoid_1d(10, 7).numpy()
+    for n in range(7):
+        for j in range(10):
+            angle = n / 10000 ** (2 * (j // 2) / 10)
+            assert table[n, j] == pytest.approx(np.cos(angle) if j % 2 else np.sin(angle), abs=1e-6)
+
+
 def test_sincos_refuses_odd_widths_and_orders():
     with pytest.raises(ValueError, match="multiple of 4, not 30"):
         common.sincos_2d(30, 4)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+import beyond_masking
 import common
 from eval.encoders import assumed_heads, export, load_encoder
 
@@ -308,3 +309,53 @@ def test_other_objects_are_refused_by_name(tmp_path, monkeypatch, content, named
     (tmp_path / "y.pth").write_bytes(pickle.dumps({"model": {}, "args": content}, protocol=2))
     refused(tmp_path / "y.pth", f"{named}|cannot be read")
     assert not (tmp_path / "harm").exists()
+
+
+# -- Beyond Masking
+
+
+BEYOND = torch.load(pathlib.Path(__file__).parent / "golden" / "beyond_masking.pt", weights_only=True)["variants"]
+OF_TASK = dict(distorted="distort", blurred="blur", decolorized="decolor")
+
+
+@pytest.mark.parametrize("name", OF_TASK)
+def test_official_beyond_masking_gives_the_authors_tokens(tmp_path, name):
+    """No position table, 14 x 14 patches by default, q and v biases alone."""
+    torch.save({"model": BEYOND[name]["state_dict"], "epoch": 299}, tmp_path / "checkpoint-299.pth")
+    vit = load_encoder(tmp_path / "checkpoint-299.pth", num_heads=4).eval()
+    assert vit.img_size == (56, 56) and vit.cls_token is None
+    tokens = vit(BEYOND[name]["degraded"])
+    torch.testing.assert_close(tokens, BEYOND[name]["outputs"]["encoder_tokens"], atol=2e-5, rtol=0)
+
+
+def test_the_unused_class_token_of_the_zoomed_in_folder_is_dropped(tmp_path, capsys):
+    case = BEYOND["zoomed_in_masked"]
+    assert "encoder.cls_token" in case["state_dict"]
+    torch.save({"model": case["state_dict"]}, tmp_path / "z.pth")
+    vit = load_encoder(tmp_path / "z.pth", num_heads=4)
+    assert vit.cls_token is None and vit(torch.randn(1, 3, 56, 56)).shape == (1, 196, 48)
+    assert "Beyond Masking names" in capsys.readouterr().out
+
+
+def test_a_one_channel_encoder_takes_rgb_when_asked(tmp_path):
+    case = BEYOND["decolorized"]
+    torch.save({"model": case["state_dict"]}, tmp_path / "grey.pth")
+    vit = load_encoder(tmp_path / "grey.pth", num_heads=4, in_chans=3).eval()
+    tokens = vit(case["degraded"].expand(-1, 3, -1, -1))
+    torch.testing.assert_close(tokens, case["outputs"]["encoder_tokens"], atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="patch_embed.proj.weight"):
+        load_encoder(tmp_path / "grey.pth", num_heads=4, in_chans=5)
+
+
+def test_the_1d_sinusoid_is_recomputed_for_another_size(tmp_path):
+    """In the authors' file, which has none, and in ours, which has one; with a class token its row stays zero."""
+    torch.save({"model": BEYOND["distorted"]["state_dict"]}, tmp_path / "official.pth")
+    vit = load_encoder(tmp_path / "official.pth", num_heads=4, img_size=(28, 40))
+    assert vit.grid == (7, 10)
+    torch.testing.assert_close(vit.pos_embed.data[0], common.sinusoid_1d(48, 70))
+    for class_token in (False, True):
+        ours = beyond_masking.BeyondMasking("mask", 28, 4, 32, 1, 2, 16, 1, 2, class_token=class_token)
+        common.save_encoder(ours.encoder, tmp_path / "ours.safetensors")
+        table = load_encoder(tmp_path / "ours.safetensors", img_size=36).pos_embed.data[0]
+        torch.testing.assert_close(table[-81:], common.sinusoid_1d(32, 81))
+        assert len(table) == 81 + class_token and (table[:-81] == 0).all()
