@@ -355,6 +355,12 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))  # (B, N, P*P*3)
 
 
+def in_fp32(device):
+    """Autocast off: it would round the products that resize and blur pixels to bf16."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 class BeyondMasking(nn.Module):
     """Encoder, bridge and decoder for one task. `.encoder` is a `common.ViT`.
 
@@ -417,11 +423,10 @@ class BeyondMasking(nn.Module):
                              f"{self.task} expects (B, 3, {size[0]}, {size[1]})")
         if (mask is not None) != hides(self.task):
             raise ValueError(f"the task {self.task} needs {'a' if mask is None else 'no'} mask")
-        # Pixels stay in fp32: autocast would round the products that resize and blur them.
-        with torch.autocast(clean.device.type, enabled=False):
+        with in_fp32(clean.device):
             view = degrade(self.task, clean, params)
         answer = self.answer(view, mask)  # (B, N, P*P*3)
-        with torch.autocast(clean.device.type, enabled=False):
+        with in_fp32(clean.device):
             answer = answer.to(clean.dtype)
             masked_ids = None
             if mask is not None:
@@ -703,7 +708,9 @@ def dry_run(config, folder):
 def main(argv=None):
     config = common.parse_config(Config, __doc__, SIZES, DEMO, argv)
     name = f"{'demo' if config.demo else config.model}_{config.task}"
-    out = config.out or f"runs/beyond_masking_{name.removesuffix('_' + Config.task) if config.demo else name}"
+    if config.demo:
+        name = name.removesuffix(f"_{Config.task}")  # the best practice's is runs/..._demo
+    out = config.out or f"runs/beyond_masking_{name}"
     if config.dry_run:
         return dry_run(config, out)
     run = common.Run("beyond_masking", config, out)
