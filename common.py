@@ -940,7 +940,7 @@ class Run:
     def save(self, model, optimizer, step, **more):
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need.
 
-        `model.encoder` is a ViT; `more` is plain data or tensors, found in `state` on resuming.
+        `model.encoder` is a ViT, or absent where it is frozen; `more` is plain data or tensors, found in `state` on resuming.
         """
         if self.processes.main:
             state = dict(kind=self.kind, method=self.method, version=VERSION,
@@ -949,8 +949,9 @@ class Run:
                          skipped=self.skipped, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), **more)
             # The encoder first: whoever is killed in between finds both made again on resuming.
-            save_encoder(model.encoder, self.folder / "encoder.safetensors",
-                         method=self.method, step=step)
+            if hasattr(model, "encoder"):
+                save_encoder(model.encoder, self.folder / "encoder.safetensors",
+                             method=self.method, step=step)
             write_atomically(self.checkpoint, lambda path: save_state(state, path))
 
     def close(self):
