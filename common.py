@@ -436,7 +436,7 @@ def listed_labels(files, folder):
 
     The list is LOC_val_solution.csv, val.txt, or the folder's one .txt or .csv file; the first two
     may lie beside the folder too. The first two words of a line are a file name (the ending may be
-    missing) and a class, by name (WNID), or by its index among the sorted folders of train/, from 0.
+    missing) and a class: its name (WNID), or its place among the sorted folders of train/, from 0.
     Raises FileNotFoundError or ValueError unless every image has one line, and every line an image.
     """
     known = [where / name for where in (folder, folder.parent)
@@ -981,7 +981,8 @@ class Run:
     def save(self, model, optimizer, step, **more):
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need.
 
-        `model.encoder` is a ViT, or absent where it is frozen; `more` is plain data or tensors, found in `state` on resuming.
+        `model.encoder` is a ViT, or absent where it is frozen; `more` is plain data or tensors,
+        found in `state` on resuming.
         """
         if self.processes.main:
             state = dict(kind=self.kind, method=self.method, version=VERSION,

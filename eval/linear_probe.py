@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 -m eval.linear_probe --checkpoint runs/cae_v2_vit_b --sweep 0.05,0.1,0.2
     python -m eval.linear_probe --checkpoint runs/cae_v2_demo --data scenes --protocol ridge
 
-`--protocol lars`, the default, is the papers' protocol [code: CAE v2's scripts; MFM's and MAE's are the same]:
+`--protocol lars`, the default, is the papers' protocol ([code] of CAE v2; MFM and MAE have the same):
 
     feature     class token after the encoder's final norm (`--pool mean`: mean of the patch tokens)
     classifier  BatchNorm without affine, eps 1e-6, then a linear layer, weights N(0, 0.01), biases 0
@@ -58,7 +58,8 @@ from eval.protocol import (EvalConfig, append_result, check_classes, check_finit
 from eval.ridge import RIDGE, ridge_probe
 
 # Flags of the papers' protocol, in which the fast one has no part.
-LARS_FLAGS = ("attentive", "sweep", "random_init", "out", "fresh", "epochs", "batch_size", "lr", "warmup_epochs")
+LARS_FLAGS = ("attentive", "sweep", "random_init", "out", "fresh", "epochs", "batch_size", "lr",
+              "warmup_epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Config(EvalConfig):
         if self.protocol == "ridge" and given:
             raise ValueError(f"--{given[0]} belongs to --protocol lars, ridge has nothing to set")
         if self.attentive and self.pool != "auto":
-            raise ValueError(f"--pool {self.pool} and --attentive exclude each other: attention does the pooling")
+            raise ValueError(f"--pool {self.pool} and --attentive exclude each other: attention pools")
         self.base_rates  # read once, so that a wrong one is told now
 
     @property
@@ -137,7 +138,7 @@ def random_box(height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 class AttentivePool(nn.Module):
     """Tokens (..., 1+N, D) to (..., D): cross-attention of one learnable query, with H heads [D4].
 
-    One query needs no keys or values of all tokens: q (K x) = (K^T q) x, and sum a V x = V (sum a x), per head.
+    One query needs no keys or values of single tokens: q (K x) = (K^T q) x, sum a (V x) = V (sum a x), per head.
     """
 
     def __init__(self, dim, num_heads):
@@ -254,7 +255,8 @@ def train(config, vit, pool, probes, images, run, processes, digest):
             group["lr"] = common.learning_rate(step, peak, warmup_steps, plan.total_steps)
 
         pairs = [run.next_batch(batches) for _ in range(plan.accumulation)]
-        features = torch.stack([encode(vit, views, pool, config, processes) for views, _ in pairs])  # (A, m, D)
+        features = [encode(vit, views, pool, config, processes) for views, _ in pairs]
+        features = torch.stack(features)  # (A, m, D), for attention (A, m, 1+N, D)
         labels = torch.stack([labels for _, labels in pairs]).to(processes.device)  # (A, m)
         labels = gather(labels, plan.accumulation * processes.world, processes).flatten()  # (B,)
         losses = [F.cross_entropy(probe(features, processes), labels) for probe in probes]
@@ -309,7 +311,8 @@ def lars_probe(config, vit, pool, digest, images, val, run, processes):
     percent = {f"{rate:g}": value for rate, value in zip(config.base_rates, reached)}
     best = max(percent, key=percent.get)
     facts = dict(features="augmented anew every epoch", accuracy=percent[best], base_lr=float(best))
-    line = f"linear probe (lars): {'random init' if config.random_init else 'pre-trained'} {percent[best]:.1f} %"
+    encoder = "random init" if config.random_init else "pre-trained"
+    line = f"linear probe (lars): {encoder} {percent[best]:.1f} %"
     if config.sweep:
         facts.update(accuracies=percent, chosen="base_lr, on the validation images")
         each = ", ".join(f"{rate}: {value:.1f} %" for rate, value in percent.items())
@@ -324,7 +327,8 @@ def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
     checkpoint, vit = open_checkpoint(config)
     lars = config.protocol == "lars"
-    run = common.Run("linear_probe", config, config.out or checkpoint.parent / "linear_probe") if lars else None
+    folder = config.out or checkpoint.parent / "linear_probe"
+    run = common.Run("linear_probe", config, folder, "linear probe") if lars else None
     check_pool(config.pool, vit, checkpoint)
     usual = "cls" if lars and vit.cls_token is not None else "mean"  # [D3]
     pool = "attention" if config.attentive else usual if config.pool == "auto" else config.pool

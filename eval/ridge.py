@@ -1,10 +1,10 @@
 """The fast linear probe: ridge regression on features that are seen once, in closed form.
 
-`python -m eval.linear_probe --protocol ridge` takes seconds where the papers' protocol takes hours. Features are
-cached and not augmented; they are standardised with the statistics of the training images (the BatchNorm without
-affine of the papers' probe), and of them only a D x D matrix is kept, so the data may have any size. There is
-nothing to tune and nothing is drawn: the same command gives the same number. These numbers compare with one
-another only, not with the papers'.
+`python -m eval.linear_probe --protocol ridge` takes seconds where the papers' protocol takes hours. Features
+are cached and not augmented; they are standardised with the statistics of the training images (the BatchNorm
+without affine of the papers' probe), and of them only a D x D matrix is kept, so the data may have any size.
+There is nothing to tune and nothing is drawn: the same command gives the same number. These numbers compare
+with one another only, not with the papers'.
 
 Dimension key: B batch, D width, K classes, n images.
 """
@@ -22,7 +22,7 @@ RIDGE = 1e-2
 
 
 def extract(vit, images, pool, config, processes):
-    """Yields the features of this process's share of `images`, and labels: (B, D) float64, (B,), on the CPU."""
+    """Yields features (B, D) float64 and labels (B,), on the CPU, of this process's share of `images`."""
     for tokens, labels in frozen_tokens(vit, images, config.micro_batch or 256, config, processes):
         yield pool_tokens(tokens, pool, math.prod(vit.grid)).cpu().double(), labels
 
