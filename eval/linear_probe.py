@@ -42,6 +42,7 @@ n images.
 
 import dataclasses
 import math
+import sys
 import time
 import typing
 
@@ -138,7 +139,7 @@ def random_box(height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 class AttentivePool(nn.Module):
     """Tokens (..., 1+N, D) to (..., D): cross-attention of one learnable query, with H heads [D4].
 
-    One query needs no keys or values of single tokens: q (K x) = (K^T q) x, sum a (V x) = V (sum a x), per head.
+    One query needs no keys or values of single tokens: per head q (K x) = (K^T q) x, sum a (V x) = V (sum a x).
     """
 
     def __init__(self, dim, num_heads):
@@ -272,7 +273,8 @@ def train(config, vit, pool, probes, images, run, processes, digest):
         if (step + 1) % plan.steps_per_epoch == 0 or stopping:
             run.save(probes, optimizer, step + 1, sha256=digest)
         if stopping:
-            break
+            run.close()
+            sys.exit(1)  # in a process that agreed to stop and has not been asked itself
     run.close()
 
 
@@ -291,7 +293,7 @@ def describe(config, plan, pool, images, peaks, processes, folder):
 
 
 @torch.no_grad()
-def test(config, vit, pool, probes, images, processes):
+def accuracies(config, vit, pool, probes, images, processes):
     """Per cent of `images` that each probe gets right."""
     probes.eval()
     right = torch.zeros(len(probes), device=processes.device)
@@ -307,7 +309,7 @@ def lars_probe(config, vit, pool, digest, images, val, run, processes):
     probes = nn.ModuleList(Probe(vit, len(images.classes), pool == "attention", seed)
                            for _ in config.base_rates).to(processes.device)
     train(config, vit, pool, probes, images, run, processes, digest)
-    reached = test(config, vit, pool, probes, val, processes)
+    reached = accuracies(config, vit, pool, probes, val, processes)
     percent = {f"{rate:g}": value for rate, value in zip(config.base_rates, reached)}
     best = max(percent, key=percent.get)
     facts = dict(features="augmented anew every epoch", accuracy=percent[best], base_lr=float(best))
