@@ -80,7 +80,8 @@ def test_processes_share_the_images_and_gather_puts_them_in_order(world, monkeyp
     vit, images = tiny(), noise(8)
     (expected, _), = frozen_tokens(vit, images, 8, config(), ONE)
     each = [common.Processes(rank, world, torch.device("cpu")) for rank in range(world)]
-    shares = [torch.cat([tokens for tokens, _ in frozen_tokens(vit, images, 2, config(), one)]) for one in each]
+    shares = [torch.cat([tokens for tokens, _ in frozen_tokens(vit, images, 2, config(), one)])
+              for one in each]
     assert sum(map(len, shares)) == 8
     largest = max(map(len, shares))
     padded = [torch.cat([share, torch.zeros(largest - len(share), *share.shape[1:])]) for share in shares]
@@ -145,7 +146,8 @@ def test_only_the_main_process_prints(tmp_path, capsys, monkeypatch):
 def test_the_random_encoder_is_of_the_seed_and_shape():
     vit = tiny(depth=1, class_token=False)
     one, same, other = (random_encoder(vit, seed).state_dict() for seed in (5, 5, 6))
-    assert {key: value.shape for key, value in one.items()} == {k: v.shape for k, v in vit.state_dict().items()}
+    shapes = [{key: value.shape for key, value in state.items()} for state in (one, vit.state_dict())]
+    assert shapes[0] == shapes[1]
     key = "blocks.0.attn.qkv.weight"
     assert torch.equal(one[key], same[key]) and not torch.equal(one[key], other[key])
 
@@ -177,8 +179,8 @@ def test_workers_are_a_share_of_the_cores(monkeypatch):
 
 
 def test_bad_flags(tmp_path):
-    for changes, match in ((dict(checkpoint=""), "--checkpoint is missing"), (dict(batch_size=0), "at least 1"),
-                           (dict(img_size=-1), "img_size"), (dict(seed=-1), "seed")):
+    for changes, match in ((dict(checkpoint=""), "--checkpoint is missing"), (dict(seed=-1), "seed"),
+                           (dict(batch_size=0), "at least 1"), (dict(img_size=-1), "img_size")):
         with pytest.raises(ValueError, match=match):
             config(**changes)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
