@@ -11,8 +11,8 @@ the patch tokens, the class token, all patches in raster order, or all tokens, t
 The file holds float32 tensors: `features`, the output of the encoder after its final norm, (n, D), or
 (n, N, D) for patches and (n, 1+N, D) for all; with `--layers` instead `layer_5` and so on, the output of
 these blocks before any norm, numbered from 0, -1 is the last. And `labels` (n,), where the images lie in
-class folders. Under "about" its metadata holds a JSON text: the file names relative to the folder, row by row,
-the classes, and what was computed by which checkpoint:
+class folders. Under "about" its metadata holds a JSON text: the file names relative to the folder, row by
+row, the classes, and what was computed by which checkpoint:
 
     with safetensors.safe_open("photos.safetensors", "pt") as file:
         features, about = file.get_tensor("features"), json.loads(file.metadata()["about"])

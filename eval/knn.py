@@ -96,16 +96,17 @@ def main(argv=None):
     check_classes(train, val)
     with common.processes(config.device) as processes:
         encoder = random_encoder(vit, config.seed) if config.random_init else vit
+        weights = "random init" if config.random_init else "pre-trained"
         percent = knn(encoder, train, val, config, processes)
         if processes.main:
             append_result("knn", checkpoint, vit, config, started, data=config.data, train=train.name,
                           val=val.name, train_images=len(train), val_images=len(val),
-                          classes=len(val.classes), pool=config.pool, random_init=config.random_init,
+                          classes=len(val.classes), pool=config.pool, weights=weights,
                           temperature=TEMPERATURE, seed=config.seed, device=str(processes.device),
                           accuracy={str(k): value for k, value in percent.items()},
                           features="cached features, no augmentation")
             each = ", ".join(f"{value:.1f} % with {k}" for k, value in percent.items())
-            print(f"kNN, {'random init' if config.random_init else 'pre-trained'}: {each} neighbours")
+            print(f"kNN, {weights}: {each} neighbours")
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ Where the sources are silent:
   [D1] BatchNorm sees the whole global batch: all processes gather all features and compute the same step, so
        a number of processes or micro batches changes no result. (Of the authors' it is only known that the
        statistics are those of a training batch.)
-  [D2] Warm-up is `common.learning_rate`'s, which reaches the peak one step earlier than MAE's.
+  [D2] Warm-up is `common.learning_rate`'s: zero in the first step, the peak in the last one of the warm-up.
   [D3] An encoder without class token is probed by the mean of its patch tokens.
   [D4] Of CAE's attentive probe only the idea is at hand: a cross-attention with a learnable query before the
        classifier. Here it has the encoder's number of heads, keys and values without bias, no output
-       projection (the classifier is one), sees the class token too, and trains by the recipe above.
+       projection (the classifier is one), sees the class token too, and trains by the recipe above. The
+       tokens of a step stay in memory, at ViT-B 10 GB for 16384 images, shared by the processes.
   [D5] Tested once, after the last epoch: no epoch is chosen by looking at the validation images.
 
 Dimension key: B global batch, A micro batches of m images, N patches, D width, H heads, d = D / H, K classes,
@@ -139,7 +140,7 @@ def random_box(height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 class AttentivePool(nn.Module):
     """Tokens (..., 1+N, D) to (..., D): cross-attention of one learnable query, with H heads [D4].
 
-    One query needs no keys or values of single tokens: per head q (K x) = (K^T q) x, sum a (V x) = V (sum a x).
+    One query needs no keys or values of single tokens: per head q (K x) = (K^T q) x, sum a V x = V sum a x.
     """
 
     def __init__(self, dim, num_heads):
@@ -312,9 +313,10 @@ def lars_probe(config, vit, pool, digest, images, val, run, processes):
     reached = accuracies(config, vit, pool, probes, val, processes)
     percent = {f"{rate:g}": value for rate, value in zip(config.base_rates, reached)}
     best = max(percent, key=percent.get)
-    facts = dict(features="augmented anew every epoch", accuracy=percent[best], base_lr=float(best))
-    encoder = "random init" if config.random_init else "pre-trained"
-    line = f"linear probe (lars): {encoder} {percent[best]:.1f} %"
+    weights = "random init" if config.random_init else "pre-trained"
+    facts = dict(features="augmented anew every epoch", weights=weights, accuracy=percent[best],
+                 base_lr=float(best))
+    line = f"linear probe (lars): {weights} {percent[best]:.1f} %"
     if config.sweep:
         facts.update(accuracies=percent, chosen="base_lr, on the validation images")
         each = ", ".join(f"{rate}: {value:.1f} %" for rate, value in percent.items())

@@ -32,7 +32,7 @@ def brute_force(queries, bank, labels, num_classes, k):
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_neighbours_and_votes_are_those_of_brute_force(block):
     generator = np.random.default_rng(0)
-    bank, queries = generator.normal(2, size=(300, 16)), generator.normal(2, size=(40, 16))  # all rather similar
+    bank, queries = (generator.normal(2, size=(n, 16)) for n in (300, 40))  # all rather similar
     labels = generator.integers(0, 5, size=300)
     unit = [torch.nn.functional.normalize(torch.tensor(x), dim=1) for x in (queries, bank)]
     similarities, ids = nearest(*unit, 200, block)
@@ -93,13 +93,14 @@ def test_command_alone_and_by_two_processes(tmp_path, capsys):
     two, one, floor = (json.loads(text) for text in (tmp_path / "eval.jsonl").read_text().splitlines())
     assert two["accuracy"] == one["accuracy"] and (two["processes"], one["processes"]) == (2, 1)
     facts = dict(kind="knn", train_images=25, val_images=13, classes=3, pool="mean", temperature=0.07,
-                 features="cached features, no augmentation", random_init=False)
+                 features="cached features, no augmentation", weights="pre-trained")
     assert {name: one[name] for name in facts} == facts
     assert [round(value, 1) for value in one["accuracy"].values()] == [float(line[2]), float(line[3])]
     train, val = (common.find_data(str(tmp_path / "data"), split) for split in ("train", "val"))
     config = Config(checkpoint="x", data="x", workers=0)
     expected = knn.knn(random_encoder(tiny(), 2), train, val, config, ONE)
-    assert floor["random_init"] and floor["accuracy"] == {str(k): value for k, value in expected.items()}
+    assert floor["weights"] == "random init"
+    assert floor["accuracy"] == {str(k): value for k, value in expected.items()}
     assert (tmp_path / "encoder.safetensors").read_bytes() == before
 
 

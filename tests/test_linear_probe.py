@@ -315,7 +315,8 @@ def test_colours_are_learnt_and_the_encoder_stays_as_it_is(place, capsys, monkey
     assert percent > 85 and round(record["accuracy"], 1) == percent
     facts = dict(kind="linear_probe", protocol="lars", train_images=24, val_images=9, classes=3, seed=3,
                  features="augmented anew every epoch", base_lr=60, device="cpu",
-                 sha256=hashlib.sha256(before).hexdigest(), pool="attention" if more else "cls")
+                 sha256=hashlib.sha256(before).hexdigest(), pool="attention" if more else "cls",
+                 weights="pre-trained")
     assert {name: record[name] for name in facts} == facts
     assert (record["flags"]["epochs"], record["flags"]["batch_size"]) == (30, 8)
     losses = [line["loss"] for line in read_log(folder / "linear_probe")]
@@ -359,6 +360,7 @@ def test_random_init_is_the_encoder_of_the_seed_at_random(place, capsys):
     folder, flags = place
     assert call(*flags, "--random_init", "--seed", 2, "--out", folder / "floor", main=main) == 0
     assert "linear probe (lars): random init" in capsys.readouterr().out
+    assert results(folder)[0]["weights"] == "random init"
     export(random_encoder(tiny(), 2), folder / "random.safetensors")
     flags[1] = folder / "random.safetensors"
     assert call(*flags, "--seed", 2, "--out", folder / "same", main=main) == 0
