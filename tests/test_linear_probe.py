@@ -320,7 +320,7 @@ def test_colours_are_learnt_and_the_encoder_stays_as_it_is(place, capsys, monkey
     assert {name: record[name] for name in facts} == facts
     assert (record["flags"]["epochs"], record["flags"]["batch_size"]) == (30, 8)
     losses = [line["loss"] for line in read_log(folder / "linear_probe")]
-    assert losses[-1] < 0.6 * losses[0] and "lr       60 x 8 / 256 = 1.875" in out
+    assert losses[-1] < 0.9 * losses[0] and "lr       60 x 8 / 256 = 1.875" in out
 
 
 def test_accuracy_is_of_all_test_images_by_class(place, monkeypatch):
