@@ -12,7 +12,7 @@ from eval import knn
 from eval.encoders import export
 from eval.knn import Config, main, nearest, vote
 from eval.protocol import random_encoder
-from tests.helpers import call, finish, start
+from tests.helpers import call, differences, finish, start
 from tests.test_linear_probe import ONE, coloured, tiny, write_folder
 
 
@@ -89,19 +89,26 @@ def test_command_alone_and_by_two_processes(tmp_path, capsys):
     assert call(*flags, main=main) == 0
     line = RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert line[0] == RESULT.search(out)[0] and line[1] == "pre-trained"
-    assert call(*flags, "--random_init", "--seed", 2, main=main) == 0
-    two, one, floor = (json.loads(text) for text in (tmp_path / "eval.jsonl").read_text().splitlines())
+    two, one = (json.loads(text) for text in (tmp_path / "eval.jsonl").read_text().splitlines())
     assert two["accuracy"] == one["accuracy"] and (two["processes"], one["processes"]) == (2, 1)
     facts = dict(kind="knn", train_images=25, val_images=13, classes=3, pool="mean", temperature=0.07,
                  features="cached features, no augmentation", weights="pre-trained")
     assert {name: one[name] for name in facts} == facts
     assert [round(value, 1) for value in one["accuracy"].values()] == [float(line[2]), float(line[3])]
-    train, val = (common.find_data(str(tmp_path / "data"), split) for split in ("train", "val"))
-    config = Config(checkpoint="x", data="x", workers=0)
-    expected = knn.knn(random_encoder(tiny(), 2), train, val, config, ONE)
-    assert floor["weights"] == "random init"
-    assert floor["accuracy"] == {str(k): value for k, value in expected.items()}
     assert (tmp_path / "encoder.safetensors").read_bytes() == before
+
+
+def test_random_init_is_the_encoder_of_the_seed_at_random(tmp_path, monkeypatch, capsys):
+    export(tiny(), tmp_path / "encoder.safetensors")
+    seen = []
+    monkeypatch.setattr(knn, "knn", lambda vit, *rest: seen.append(vit) or {10: 12.5})
+    flags = ["--checkpoint", tmp_path, "--data", write_folder(tmp_path / "data"), "--workers", 0, "--seed", 2]
+    for more, weights in (["--random_init"], "random init"), ([], "pre-trained"):
+        assert call(*flags, *more, main=main) == 0
+        assert f"kNN, {weights}: 12.5 % with 10 neighbours" in capsys.readouterr().out
+        assert json.loads((tmp_path / "eval.jsonl").read_text().splitlines()[-1])["weights"] == weights
+    for vit, expected in zip(seen, (random_encoder(tiny(), 2), tiny()), strict=True):
+        assert differences(vit.state_dict(), expected.state_dict()) == []
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
