@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(ENVIRONMENT)
 	$(PYTHON) cae_v2.py --demo
 	@echo "probing the encoder ..."
-	@$(PYTHON) -m eval.linear_probe --checkpoint runs/cae_v2_demo/encoder.safetensors --data scenes
+	@$(PYTHON) -m eval.linear_probe --checkpoint runs/cae_v2_demo/encoder.safetensors --data scenes --protocol ridge
 
 test: $(ENVIRONMENT)
 	$(PYTHON) -m pytest

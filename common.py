@@ -400,8 +400,9 @@ def find_data(spec, split, img_size=32, num_scenes=16_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
     SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
-    folder: ImageNet's layout (train/ and val/, validation/ or test/, with a folder per class), or,
-    for pre-training, any folder of images, flat or nested. Empty: $IMAGENET or data/imagenet.
+    folder: ImageNet's layout (train/ and val/, validation/ or test/, with a folder per class; val/
+    also flat with a list, see `listed_labels`), or, for pre-training, any folder of images, flat or
+    nested. Empty: $IMAGENET or data/imagenet.
     Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
     """
     if spec == "scenes":
@@ -427,13 +428,53 @@ def find_data(spec, split, img_size=32, num_scenes=16_000):
     else:
         tops = [os.path.relpath(path, folder).split(os.sep) for path in files]
         loose = next((path for path, parts in zip(files, tops) if len(parts) == 1), None)
-        if loose:
+        names = [parts[0] for parts in tops]
+        if loose and split == "val" and all(len(parts) == 1 for parts in tops):
+            names = listed_labels(files, folder)
+        elif loose:
             raise ValueError(f"{loose} lies outside the class folders of {folder}: "
                              "give each class a folder of its own")
-        ids = {name: index for index, name in enumerate(sorted({parts[0] for parts in tops}))}
-        images = Images(files, [ids[parts[0]] for parts in tops], ids, name=str(folder))
+        ids = {name: index for index, name in enumerate(sorted(set(names)))}
+        images = Images(files, [ids[name] for name in names], ids, name=str(folder))
     images[0]
     return images
+
+
+def listed_labels(files, folder):
+    """The class names of the images in a flat validation folder, from the list that comes with it.
+
+    The list is LOC_val_solution.csv, val.txt, or the folder's one .txt or .csv file; the first two
+    may lie beside the folder too. The first two words of a line are a file name (the ending may be
+    missing) and a class: its name (WNID), or its place among the sorted folders of train/, from 0.
+    Raises FileNotFoundError or ValueError unless every image has one line, and every line an image.
+    """
+    known = [where / name for where in (folder, folder.parent)
+             for name in ("LOC_val_solution.csv", "val.txt") if (where / name).is_file()]
+    texts = [path for path in sorted(folder.iterdir()) if path.suffix in (".txt", ".csv")]
+    if not known and len(texts) != 1:
+        raise FileNotFoundError(
+            f"{folder} holds images without class folders, and no list of their classes: put "
+            "LOC_val_solution.csv or val.txt (lines of file name and class) into it")
+    path = (known or texts)[0]
+    lines = [re.split(r"[,\s]+", line.strip()) for line in path.read_text().splitlines()]
+    listed = {Path(words[0]).stem: words[1] for words in lines if len(words) > 1 and words[1]}
+    if "ImageId" in listed:
+        del listed["ImageId"]  # the head of LOC_val_solution.csv
+    stems = [Path(file).stem for file in files]
+    odd = sorted(set(stems) ^ listed.keys())
+    if odd:
+        where = "the list only" if odd[0] in listed else "the folder only"
+        raise ValueError(f"the list {path} names {len(listed)} images and {folder} holds "
+                         f"{len(stems)}; {odd[0]} is in {where}: use the list of these images")
+    train = folder.parent / "train"
+    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+    if set(listed.values()) <= set(classes) or not all(map(str.isdigit, listed.values())):
+        return [listed[stem] for stem in stems]
+    wrong = next((name for name in listed.values() if int(name) >= len(classes)), None)
+    if wrong:
+        raise ValueError(f"the list {path} holds the class index {wrong}, and the {len(classes)} "
+                         f"class folders of {train} are counted from 0: use a list that fits them")
+    return [classes[int(listed[stem])] for stem in stems]
 
 
 def list_images(folder):
@@ -949,8 +990,8 @@ class Run:
     def save(self, model, optimizer, step, encoder=None, **more):
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need.
 
-        `encoder` is the ViT to export, by default `model.encoder`; `more` is plain data or tensors,
-        found in `state` on resuming.
+        `encoder` is the ViT to export, by default `model.encoder`, if there is one; `more` is plain
+        data or tensors, found in `state` on resuming.
         """
         if self.processes.main:
             state = dict(kind=self.kind, method=self.method, version=VERSION,
@@ -959,8 +1000,10 @@ class Run:
                          skipped=self.skipped, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), **more)
             # The encoder first: whoever is killed in between finds both made again on resuming.
-            save_encoder(encoder or model.encoder, self.folder / "encoder.safetensors",
-                         method=self.method, step=step)
+            encoder = encoder or getattr(model, "encoder", None)
+            if encoder is not None:  # None: it is frozen, and has a file of its own
+                save_encoder(encoder, self.folder / "encoder.safetensors",
+                             method=self.method, step=step)
             write_atomically(self.checkpoint, lambda path: save_state(state, path))
 
     def close(self):

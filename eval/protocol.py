@@ -1,8 +1,11 @@
-"""What the evaluations share: their flags, the view of an image in tests, class lists, the result line.
+"""What the evaluations share: flags, the view of an image in tests, frozen features, the result line.
 
-Dimension key: B batch, H x W size of the view, h x w size of the image as it is.
+Under torchrun every process takes its share of the images: number rank, rank + world, rank + 2 world ...
+
+Dimension key: B batch, N patches, D width, H x W size of the view, h x w size of the image as it is.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,9 +15,12 @@ import sys
 import time
 import typing
 
+import PIL
 import torch
+import torch.distributed
 import torchvision
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 import common
 from common import flag
@@ -32,7 +38,9 @@ class EvalConfig:
     num_heads: int = flag(0, "heads of the encoder (default: what the file says, else the usual)")
     seed: int = flag(0, "of everything that is drawn")
     batch_size: int = flag(256, "images computed at once; changes no number but in rounding")
-    workers: int = flag(-1, "data-loading processes (default: the cores, at most 16; none for scenes)")
+    workers: int = flag(-1, "loader processes (default: this process's share of cores, at most 16; none "
+                            "for scenes)")
+    precision: typing.Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on GPU, else fp32")
     device: typing.Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "where to compute")
 
     def __post_init__(self):
@@ -41,8 +49,8 @@ class EvalConfig:
         common.check_range(self, 0, "img_size", "num_heads", "seed")
         common.check_range(self, 1, "batch_size")
         if self.workers < 0:
-            workers = 0 if self.data == "scenes" else min(os.cpu_count() or 1, 16)
-            object.__setattr__(self, "workers", workers)
+            share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            object.__setattr__(self, "workers", 0 if self.data == "scenes" else min(share, 16))
 
 
 def open_checkpoint(config, **override):
@@ -56,7 +64,9 @@ def open_checkpoint(config, **override):
         raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint to a "
                          "folder of your own")
     given = {name: getattr(config, name) for name in ("img_size", "num_heads") if getattr(config, name)}
-    return path, load_encoder(path, in_chans=3, **given, **override)
+    silent = contextlib.redirect_stdout(None) if int(os.environ.get("RANK", 0)) else contextlib.nullcontext()
+    with silent:
+        return path, load_encoder(path, in_chans=3, **given, **override)
 
 
 def random_encoder(vit, seed):
@@ -92,6 +102,65 @@ def centre_view(image, size):
     return TF.center_crop(image, [height, width])
 
 
+@torch.no_grad()
+def frozen_tokens(vit, images, batch_size, config, processes):
+    """Yields (tokens after the final norm (B, [1+]N, D) float32 on the device, labels (B,)) of this process's
+    share of `images`, in order, without augmentation, the encoder in eval mode.
+
+    Raises ValueError for features that are not finite, and for fewer images than processes.
+    """
+    for batch, labels in centre_batches(vit, images, batch_size, config, processes):
+        with common.autocast(processes.device, config.precision):
+            tokens = vit(batch).float()  # (B, [1+]N, D)
+        yield check_finite(tokens), labels
+
+
+def centre_batches(vit, images, batch_size, config, processes):
+    """Yields (normalised views (B, 3, H, W) on the device, labels (B,)) of this process's share."""
+    if len(images) < processes.world:
+        raise ValueError(f"{images.name} holds {len(images)} images, fewer than the {processes.world} "
+                         "processes: start fewer")
+    vit.eval().to(processes.device)
+    share = range(processes.rank, len(images), processes.world)
+    loader = torch.utils.data.DataLoader(
+        CentreViews(images, vit.img_size), batch_size, sampler=share, num_workers=config.workers,
+        worker_init_fn=common.own_group, pin_memory=processes.device.type == "cuda")
+    for batch, labels in tqdm(loader, images.name, len(loader), leave=False,
+                              disable=None if processes.main else True):
+        yield common.normalise(batch.to(processes.device, non_blocking=True)), labels
+
+
+def check_finite(features):
+    if not features.isfinite().all():
+        raise ValueError("the encoder gives features that are not finite: its training went wrong")
+    return features
+
+
+def pool_tokens(tokens, pool, num_patches):
+    """(B, [1+]N, D) to (B, D): the class token ("cls"), or the mean of the N patch tokens ("mean"); any other
+    word leaves the tokens as they are."""
+    if pool == "mean":
+        return tokens[:, -num_patches:].mean(dim=1)  # (B, D)
+    return tokens[:, 0] if pool == "cls" else tokens
+
+
+def check_pool(pool, vit, checkpoint):
+    if pool == "cls" and vit.cls_token is None:
+        raise ValueError(f"--pool cls: the encoder in {checkpoint} has no class token, use --pool mean")
+
+
+def gather(rows, count, processes):
+    """This process's share of rows (n_r, ...), as all (count, ...) rows in their order, in every process."""
+    if processes.world == 1:
+        return rows
+    largest = -(-count // processes.world)
+    padded = torch.zeros(largest, *rows.shape[1:], dtype=rows.dtype, device=processes.device)
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(processes.world)]
+    torch.distributed.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count].to(rows.device)
+
+
 def check_classes(train, val):
     """The label of a class is its place in the list: two lists that differ would compare cats with dogs."""
     if train.classes != val.classes:
@@ -116,7 +185,8 @@ def append_result(kind, checkpoint, vit, config, started, **facts):
     record = dict(
         kind=kind, **facts, checkpoint=str(checkpoint), sha256=sha256(checkpoint), encoder=vit.config,
         view="torchvision uint8, bicubic antialias", seconds=round(time.perf_counter() - started, 1),
-        torch=torch.__version__, torchvision=torchvision.__version__, flags=dataclasses.asdict(config),
+        torch=torch.__version__, torchvision=torchvision.__version__, pillow=PIL.__version__,
+        processes=int(os.environ.get("WORLD_SIZE", 1)), flags=dataclasses.asdict(config),
         command=" ".join(sys.argv))
     log = checkpoint.parent / "eval.jsonl"
     with open(log, "a") as file:

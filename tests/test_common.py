@@ -490,6 +490,71 @@ def test_images_outside_class_folders_are_refused(tmp_path):
         common.find_data(str(tmp_path), "train")
 
 
+def flat_val(root, lines, name="LOC_val_solution.csv"):
+    """train/ of three classes, and val/ with three images and a list."""
+    for label in ("n01", "n02", "n03"):
+        write_images(root / "train" / label, 1)
+    write_images(root / "val", 3, kind=".JPEG")
+    (root / "val" / name).write_text("\n".join(lines) + "\n")
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        (
+            "LOC_val_solution.csv",
+            ["ImageId,PredictionString", "01,n03 1 2 3 4 ", "00,n02 5 6 7 8 n02 1 2 3 4", "02,n01 1 2 3 4"],
+        ),
+        ("val.txt", ["00.JPEG 1", "01.JPEG 2", "02.JPEG 0"]),
+        ("labels.txt", ["val/00.JPEG\tn02", "val/01.JPEG\tn03", "", "val/02.JPEG\tn01"]),
+    ],
+)
+def test_a_flat_validation_folder_with_its_list(tmp_path, name, lines):
+    root = flat_val(tmp_path, lines, name)
+    train, val = (common.find_data(root, split) for split in ("train", "val"))
+    assert val.classes == train.classes == ("n01", "n02", "n03")
+    assert [val[index][1] for index in range(3)] == [1, 2, 0]
+    assert len(common.find_data(root, "pretrain")) == 3
+
+
+def test_a_list_beside_the_flat_folder(tmp_path):
+    root = flat_val(tmp_path, ["00 n01", "01 n02", "02 n03"], "val.txt")
+    (tmp_path / "val" / "val.txt").rename(tmp_path / "val.txt")
+    (tmp_path / "val" / "readme.txt").write_text("not the list")
+    assert common.find_data(root, "val").labels.tolist() == [0, 1, 2]
+
+
+def test_class_folders_named_by_numbers_are_names(tmp_path):
+    for label in ("2", "10"):
+        write_images(tmp_path / "train" / label, 1)
+    write_images(tmp_path / "val", 2)
+    (tmp_path / "val" / "val.txt").write_text("00 2\n01 10\n")
+    val = common.find_data(str(tmp_path), "val")
+    assert val.classes == ("10", "2") and val.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "lines, match",
+    [
+        (["00 n01", "01 n02"], r"names 2 images and .*val holds 3; 02 is in the folder only"),
+        (["00 n01", "01 n02", "02 n03", "03 n01"], r"names 4 images .* 03 is in the list only"),
+        (["00 1", "01 2", "02 3"], r"class index 3, and the 3 class folders of .*train are counted from 0"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(tmp_path, lines, match):
+    root = flat_val(tmp_path, lines)
+    with pytest.raises(ValueError, match=match):
+        common.find_data(root, "val")
+
+
+def test_a_flat_validation_folder_without_a_list(tmp_path):
+    root = flat_val(tmp_path, ["00 n01", "01 n02", "02 n03"], "a.txt")
+    (tmp_path / "val" / "b.txt").write_text("two lists, neither of a known name")
+    with pytest.raises(FileNotFoundError, match=r"without class folders.*LOC_val_solution.csv or val.txt"):
+        common.find_data(root, "val")
+
+
 def test_an_unreadable_first_image_is_named_before_training(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "00.png").write_bytes(b"junk")

@@ -121,7 +121,8 @@ def test_the_loss_falls_on_the_built_in_images(tmp_path):
 def test_the_demo_learns(tmp_path):
     """The README promises what the probe finds: random init at most 40 %, pre-trained at least 80 %."""
     assert call("--demo", "--device=cpu", "--out", tmp_path / "demo") == 0
-    linear_probe.main(["--checkpoint", str(tmp_path / "demo"), "--data", "scenes", "--device", "cpu"])
+    linear_probe.main(["--checkpoint", str(tmp_path / "demo"), "--data", "scenes", "--protocol", "ridge",
+                       "--device", "cpu"])
     result = json.loads((tmp_path / "demo" / "eval.jsonl").read_text())
     assert result["random_init"] <= 40 and result["accuracy"] >= max(80, result["random_init"] + 40)
     losses = [line["loss"] for line in read_log(tmp_path / "demo")]
