@@ -1,36 +1,36 @@
-"""Fine-tuning: the encoder and a linear classifier on top are trained together, by the recipe of each paper.
+"""Fine-tuning: the encoder and a linear classifier on top, trained together by the recipe of each paper.
 
-    python -m eval.finetune --checkpoint runs/cae_v2_vit_b --data ~/imagenet            one GPU or CPU
-    torchrun --nproc_per_node=8 -m eval.finetune --checkpoint runs/cae_v2_vit_b         all GPUs, same numbers
-    python -m eval.finetune --checkpoint mae_pretrain_vit_base.pth --recipe mae         any encoder's file
-    python -m eval.finetune --checkpoint runs/cae_v2_vit_b --fraction 0.1               low-shot: 10 % of a class
-    python -m eval.finetune --checkpoint runs/finetune_cae_v2_vit_b --eval_only         test a finished run again
+    python -m eval.finetune --checkpoint runs/cae_v2_vit_b --data ~/imagenet         one process
+    torchrun --nproc_per_node=8 -m eval.finetune --checkpoint runs/cae_v2_vit_b      eight, the same recipe
+    python -m eval.finetune --checkpoint mae_pretrain_vit_base.pth --recipe mae      any encoder's file
+    python -m eval.finetune --checkpoint runs/cae_v2_vit_b --fraction 0.1            low-shot
+    python -m eval.finetune --checkpoint runs/finetune_cae_v2_vit_b --eval_only      tests a run again
 
     image - crop, flip, RandAugment, erasing - mixup or cutmix - encoder - mean of patches, LayerNorm - linear
 
-The recipe is a row of RECIPES, found by the method that the checkpoint names and the encoder's width; each
-value is also a flag, which wins. The same command again goes on from the last checkpoint, bit for bit.
-Accuracy on the validation images, centre view, fp32: after each epoch in log.jsonl, at the end as a line of
-eval.jsonl beside the checkpoint. `eval.robustness` reads the run's last.pt.
+The recipe is a row of RECIPES, found by the method that the checkpoint names and the encoder's width. Each of
+its values is also a flag, which wins. The same command again resumes, bit for bit. Accuracy on the
+validation images (centre view, fp32) stands after each epoch in log.jsonl, and at the end in eval.jsonl
+beside the checkpoint. eval.robustness reads the run's last.pt.
 
-Sources, as listed in RECIPES: [C] Atten4Vis/CAE, [M] mmpretrain's MFF, [F] MFM's author's fork, [E]
-facebookresearch/mae, [B] Beyond Masking's released code. Where they are silent or cannot be followed:
-  [D1] CAE v2 ViT-L: there is no script; CAE v1's for ViT-L, with the rest as for CAE v2 ViT-B.
-  [D2] MFM ViT-L and ViT-H, and all of `--recipe mae`: MAE's, which for ViT-B is MFM's own, number by number.
+Sources: [C] Atten4Vis/CAE, [M] mmpretrain's MFF, [F] MFM's author's fork, [E] facebookresearch/mae, [B]
+Beyond Masking's released code. Where they are silent or cannot be followed:
+  [D1] CAE v2 ViT-L has no script: CAE v1's for ViT-L, the rest as CAE v2 ViT-B.
+  [D2] MFM ViT-L and ViT-H, and all of `mae`: MAE's, which for ViT-B is MFM's own.
   [D3] Beyond Masking: 100 epochs (its default of 30 is almost surely overridden), batch 1024 (64 per GPU on
-       the 16 of its launcher), mean of patches as its encoders have no class token, positions trained as
-       the only setting that runs there does.
-  [D4] A width outside the table takes the row of the nearest width, and the first lines say which.
-  [D5] RandAugment is torchvision's, with strengths on timm's scale (9 of 10) and, as in timm, each of the
-       two operations applied with probability 1/2. It has no noise on the strength (theirs: std 0.5),
-       Identity instead of Invert and SolarizeAdd, a milder Posterize, and moves pixels bilinearly.
-  [D6] Mixup or cutmix is drawn once per micro batch, as theirs per GPU, from (seed, step, row): another
-       number of processes mixes other pairs. All other draws are the same on any number of processes.
-  [D7] No gradient clipping, no EMA, as in all sources; --ema 0.9999 averages weights, then tests the average.
-  [D8] A fraction is taken from each class, at least one image, drawn from the seed.
+       its launcher's 16), patches averaged (its encoders have no class token), positions trained (all that
+       runs there).
+  [D4] A width outside the table takes the row of the nearest width; the printed recipe says which.
+  [D5] RandAugment is torchvision's on timm's scale (9 of 10), each of two operations applied with probability
+       1/2, as in timm. Not as in timm: no noise on the strength (std 0.5 there), Identity instead of Invert
+       and SolarizeAdd, a milder Posterize, bilinear moves.
+  [D6] Mixup or cutmix is drawn once per micro batch (theirs: per GPU) from (seed, step, row), like drop path:
+       so these two differ with the number of processes, and nothing else does.
+  [D7] No gradient clipping and no EMA, as in all sources; with --ema the average is what is tested.
+  [D8] A fraction is drawn within each class, from the seed, at least one image.
 
-Dimension key: B batch, N patches, T tokens (1+N, or N without class token), D width, K classes, H heads,
-d width of a head, h x w grid of patches.
+Dimension key: B batch, N patches, T tokens (1+N, or N without class token), D width, K classes, H heads, d
+width of a head, h x w grid.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ from tqdm import tqdm
 
 import common
 from common import flag
-from eval.protocol import CentreViews, append_result, check_classes, open_checkpoint, sha256
+from eval.protocol import (CentreViews, append_result, centre_view, check_classes, open_checkpoint,
+                           sha256)
 
 # ------------------------------------------------------------------------------------------------------------
 # Recipes: `lr` is absolute, `base_lr` is per 256 images
@@ -111,8 +112,8 @@ class Config:
     randaugment: int = flag(-1, "strength of RandAugment, 1 to 10; 0: none [D5]")
     erasing: float = flag(-1, "probability that a rectangle is replaced by noise")
     crop_min: float = flag(-1, "smallest area of a random crop, as a share of the image")
-    pool: typing.Literal["recipe", "mean", "cls"] = flag("recipe", "mean of patches + fc_norm, or class token")
-    fc_norm: typing.Literal["recipe", "encoder", "fresh"] = flag("recipe", "where the norm after the mean starts")
+    pool: typing.Literal["recipe", "mean", "cls"] = flag("recipe", "patches, or class token")
+    fc_norm: typing.Literal["recipe", "encoder", "fresh"] = flag("recipe", "where it starts")
     rel_pos_bias: typing.Literal["recipe", "on", "off"] = flag("recipe", "a learnt bias per block and offset")
     positions: typing.Literal["recipe", "fixed", "learned"] = flag("recipe", "whether the table is trained")
     ema: float = flag(0.0, "decay of an average of the weights, such as 0.9999; 0: none [D7]")
@@ -130,12 +131,17 @@ class Config:
     def __post_init__(self):
         if not self.checkpoint:
             raise ValueError("--checkpoint is missing: give the encoder's file, or the folder of a run")
+        typed = {name for name, value in vars(self).items() if value != -1}
         common.check_range(self, 0, "img_size", "num_heads", "seed", "micro_batch", "save_every", "max_steps",
-                           "ema")
-        common.check_range(self, 1, "log_every")
-        common.check_range(self, None, "fraction")
-        if self.fraction > 1 or self.ema >= 1:
-            raise ValueError("--fraction is at most 1 and --ema below 1")
+                           "ema", *typed & {"min_lr", "warmup_epochs", "weight_decay", "drop_path", "mixup",
+                                            "cutmix", "smoothing", "randaugment", "erasing"})
+        common.check_range(self, 1, "log_every", *typed & {"epochs", "batch_size"})
+        common.check_range(self, None, "fraction", *typed & {"lr", "layer_decay", "crop_min"})
+        for name in ("fraction", "layer_decay", "crop_min", "erasing", "smoothing"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"--{name} {getattr(self, name):g} must be at most 1")
+        if self.drop_path >= 1 or self.ema >= 1 or self.randaugment > 10:
+            raise ValueError("--drop_path and --ema must be below 1, --randaugment at most 10")
         if self.list and self.fraction < 1:
             raise ValueError("--list and --fraction both choose the training images: give one of them")
         if self.workers < 0:
@@ -144,39 +150,28 @@ class Config:
 
 
 def with_recipe(config, path, vit):
-    """(config with the recipe's values where none were typed, name of the recipe, the lr as an equation).
+    """(config with the recipe's values where none were typed, name of the recipe, origin of the lr).
 
-    Raises ValueError where no recipe can be told or a value is out of its range.
+    Raises ValueError where no recipe can be told, or the values contradict each other.
     """
     method = method_of(path) if config.recipe == "auto" else config.recipe
     if method not in RECIPES:
         raise ValueError(f"{path} does not say which method trained it: give --recipe {', '.join(RECIPES)}")
     size = min(RECIPES[method], key=lambda size: abs(WIDTHS[size] - vit.config["embed_dim"]))  # [D4]
-    recipe = dict(RECIPES[method][size])
-    base_lr = recipe.pop("base_lr", None)
-    typed = {name: getattr(config, name) for name in [*recipe, "lr"]
+    recipe, origin = dict(RECIPES[method][size]), "absolute"
+    typed = {name: getattr(config, name) for name in {*recipe, "lr"} - {"base_lr"}
              if getattr(config, name) not in (-1, "recipe")}
-    values = {**recipe, **typed}
-    equation = "absolute"
+    base_lr, values = recipe.pop("base_lr", None), {**recipe, **typed}
     if "lr" not in values:
         values["lr"] = base_lr * values["batch_size"] / 256
-        equation = f"{base_lr:g} x batch {values['batch_size']} / 256"
+        origin = f"{base_lr:g} x batch {values['batch_size']} / 256"
     config = dataclasses.replace(config, recipe=method, num_heads=vit.config["num_heads"], **values)
-    common.check_range(config, 1, "epochs", "batch_size")
-    common.check_range(config, None, "lr", "layer_decay", "crop_min")
-    common.check_range(config, 0, "min_lr", "warmup_epochs", "weight_decay", "drop_path", "mixup", "cutmix",
-                       "smoothing", "randaugment", "erasing")
-    for name in ("layer_decay", "crop_min", "erasing", "drop_path", "smoothing"):
-        if getattr(config, name) > 1:
-            raise ValueError(f"--{name} {getattr(config, name):g} must be at most 1")
-    if config.drop_path == 1 or config.randaugment > 10:
-        raise ValueError("--drop_path must be below 1 and --randaugment at most 10")
     if config.warmup_epochs >= config.epochs:
         raise ValueError(f"--warmup_epochs {config.warmup_epochs:g} must be shorter than the run of "
                          f"{config.epochs} epochs (fractions such as 0.5 are fine)")
     if config.pool == "cls" and vit.cls_token is None:
         raise ValueError(f"--pool cls: the encoder in {path} has no class token, use --pool mean")
-    return config, f"{method}, {size}", equation
+    return config, f"{method}, {size}", origin
 
 
 def method_of(path):
@@ -194,10 +189,10 @@ def method_of(path):
 class Classifier(nn.Module):
     """An encoder with a linear classifier: images (B, C, H, W) to logits (B, K).
 
-    `pool="mean"`: mean of the last block's patch tokens, then `fc_norm`, which starts as the encoder's final
-    norm (`fc_norm="encoder"`) or new; the final norm itself has no use then. `pool="cls"`: the class token
-    after the final norm. The head starts at N(0, 2e-5): the sources' truncated normal 0.02 x 0.001 (CAE v2,
-    Beyond Masking) or 2e-5 (MFM, MAE), cut too far out to matter. Its bias starts at zero.
+    `pool="mean"`: mean of the last block's patch tokens, then `fc_norm`, which starts as a copy of the
+    encoder's final norm (`fc_norm="encoder"`) or new; the final norm itself is out of use. `pool="cls"`: the
+    class token after the final norm. The head starts at N(0, 2e-5), which is the sources' truncated normal
+    of 0.02 times 0.001 (CAE v2, Beyond Masking) or of 2e-5 (MFM, MAE): they cut too far out to matter.
     """
 
     def __init__(self, vit, num_classes, pool="mean", fc_norm="fresh", rel_pos_bias=False):
@@ -229,11 +224,11 @@ class Classifier(nn.Module):
 
 
 class BiasedAttention(nn.Module):
-    """An encoder's attention with a relative position bias: softmax(q k^T / sqrt(d) + bias) v.
+    """An encoder's attention with a relative position bias: softmax(q k^T / sqrt(d) + bias) v [C].
 
-    The bias of a pair of tokens is a learnt number per head, shared by all pairs of equal offset (BEiT's
-    table, zero at the start). The weights keep their names; with the table in its state dict, an encoder
-    that was trained so is refused by `load_encoder` instead of computing without it.
+    The bias is a learnt number per head and offset between two tokens, zero at the start. The weights keep
+    their names, and the table lies beside them: `load_encoder` refuses an encoder that needs such a table,
+    instead of computing without it.
     """
 
     def __init__(self, attention, grid, class_token):
@@ -299,10 +294,9 @@ def load_classifier(path):
 
 
 class Augment:
-    """A training sample: uint8 (3, H', W') to a normalised float32 image of the encoder's size, and its label.
+    """A training sample: a uint8 image to a normalised float32 one of the encoder's size, and its label.
 
-    The last step replaces a rectangle by N(0, 1) per pixel and channel, timm's `pixel` mode, which is why
-    images are normalised here, in the worker.
+    Erasing writes N(0, 1) per pixel and channel (timm's `pixel`), so images are normalised here already.
     """
 
     def __init__(self, config, size):
@@ -338,15 +332,15 @@ def low_shot(images, config):
     for label, name in enumerate(() if config.list else images.classes):
         members = (images.labels == label).nonzero()[:, 0]
         generator = torch.Generator().manual_seed(common.seed_for(config.seed, "fraction", name))
-        chosen = torch.randperm(len(members), generator=generator)[: max(1, round(config.fraction * len(members)))]
-        ids += members[chosen].tolist()
+        order = torch.randperm(len(members), generator=generator)
+        ids += members[order[: max(1, round(config.fraction * len(members)))]].tolist()
     ids = sorted(ids)
     source = images.pixels[ids] if images.pixels is not None else [images.path(index) for index in ids]
     return common.Images(source, images.labels[ids], images.classes, images.name)
 
 
 def listed(images, path):
-    """The indices of the images that a text file names. Raises ValueError for a name that is not one image's."""
+    """Indices of the images that a text file names; ValueError for a name that is not exactly one image's."""
     if images.pixels is not None:
         raise ValueError(f"--list names files, and {images.name} has none: give --data FOLDER, or --fraction")
     if not os.path.isfile(path):
@@ -371,11 +365,11 @@ def listed(images, path):
 
 @torch.no_grad()
 def predictions(model, views, batch_size, workers, processes):
-    """Yields (logits (B, K) float32, labels (B,)) on the device for this process's share of a dataset of uint8
-    images: every world-th one, none twice, so that sums over the processes count each image once."""
+    """Yields (logits (B, K), labels (B,)) on the device for this process's share of a dataset of uint8 images:
+    every world-th one, none twice, so that sums over the processes count each image once."""
     share = torch.utils.data.Subset(views, range(processes.rank, len(views), processes.world))
-    loader = torch.utils.data.DataLoader(share, batch_size, num_workers=workers, worker_init_fn=common.own_group,
-                                         pin_memory=processes.device.type == "cuda")
+    loader = torch.utils.data.DataLoader(share, batch_size, num_workers=workers, pin_memory=(
+        processes.device.type == "cuda"), worker_init_fn=common.own_group)
     model.eval()
     for images, labels in loader:
         logits = model(common.normalise(images.to(processes.device, non_blocking=True)))  # (B, K)
@@ -425,17 +419,14 @@ def layer_groups(model, weight_decay, layer_decay):
 
 
 def preview(path, samples, mix, size):
-    """Draws the first training images as rows: centre view | two augmentations | the first one mixed."""
-    first, second = (torch.utils.data.default_collate([samples[epoch, i] for i in range(min(6, len(samples.images)))])
-                     for epoch in (0, 1))
+    """Draws the first training images as rows: centre view | augmented | augmented and mixed."""
+    plain = common.Samples(samples.images, lambda image, label: (centre_view(image, size), label), seed=0)
+    views, (images, labels) = common.first_batch(plain)[0] / 255, common.first_batch(samples)
     torch.manual_seed(0)
-    mixed, _ = mix(*first)
     mean, std = (torch.tensor(value)[:, None, None] for value in (common.IMAGENET_MEAN, common.IMAGENET_STD))
-    views = CentreViews(samples.images, size)
-    rows = [[views[i][0] / 255, *(batch[i] * std + mean for batch in (first[0], second[0], mixed))]
-            for i in range(len(mixed))]
-    common.save_panels(path, rows, ["centre view", "epoch 0", "epoch 1", "epoch 0, mixed"],
-                       "1st: as in tests.  Others: as in training.")
+    rows = zip(views, *(batch * std + mean for batch in (images, mix(images, labels)[0])))
+    common.save_panels(path, list(rows), ["centre view", "augmented", "and mixed"],
+                       "1st: as in tests.  3rd: as in training.")
 
 
 def train(config, run, processes, vit, digest):
@@ -447,7 +438,8 @@ def train(config, run, processes, vit, digest):
     images, val = (common.find_data(config.data, split, vit.img_size[0]) for split in ("train", "val"))
     check_classes(images, val)
     images = low_shot(images, config)
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, processes.world)
+    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
+                            processes.world)
     samples = common.Samples(images, Augment(config, vit.img_size), config.seed)
     mix, criterion = make_mix(config, len(val.classes)), nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     model = build(config, vit, len(val.classes)).to(device)
@@ -522,8 +514,8 @@ def test(model, val, step, plan, config, run, processes):
     if processes.main:
         with open(run.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        tqdm.write(f"epoch {line['epoch']:g}: {line['accuracy']:.2f} % of {len(val):,} validation images right, "
-                   f"{line['top5']:.2f} % among the first five")
+        tqdm.write(f"epoch {line['epoch']:g}: top 1 {line['accuracy']:.2f} %, top 5 {line['top5']:.2f} % of "
+                   f"{len(val):,} validation images")
     return line
 
 
@@ -557,17 +549,17 @@ def eval_only(config, processes, started):
 
 def run_or_resume(config, processes, started):
     path, vit = open_checkpoint(config)
-    config, row, equation = with_recipe(config, path, vit)
+    config, row, origin = with_recipe(config, path, vit)
     name = path.parent.name if path.name in ("encoder.safetensors", "last.pt") else path.stem
     run = common.Run("finetune", config, config.out or f"runs/finetune_{name}", kind="finetuning")
     digest = sha256(path)
     if run.state and run.state["encoder_sha256"] != digest:
-        raise ValueError(f"{path} is not the file any more that the run in {run.folder} started from: restore "
-                         "it, or give --fresh or another --out for a new run")
+        raise ValueError(f"{path} is not the file any more that the run in {run.folder} started from: "
+                         "restore it, or give --fresh or another --out for a new run")
     if run.finished and (run.start < run.state["total_steps"] or run.start in measured(run.folder)):
-        return print(f"the run in {run.folder}/ is finished, step {run.start}; --fresh starts anew, --eval_only "
-                     f"--checkpoint {run.folder} tests it again")
-    print(f"recipe   {row}: lr {config.lr:.2e} = {equation}, times {config.layer_decay:g} per layer down")
+        return print(f"the run in {run.folder}/ is finished, step {run.start}; --fresh starts anew, "
+                     f"--eval_only --checkpoint {run.folder} tests it again")
+    print(f"recipe   {row}: lr {config.lr:.2e} ({origin}), times {config.layer_decay:g} per layer down")
     processes.wait()
     facts = train(config, run, processes, vit, digest)
     if processes.main and facts:

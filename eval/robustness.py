@@ -1,10 +1,10 @@
 """Robustness: a fine-tuned classifier on ImageNet-A, -R, -Sketch and -C, without further training.
 
     python -m eval.robustness --checkpoint runs/finetune_cae_v2_vit_b --kind r --data ~/imagenet-r
-    torchrun --nproc_per_node=8 -m eval.robustness --checkpoint runs/finetune_cae_v2_vit_b --kind c --data ~/imagenet-c
+    torchrun --nproc_per_node=8 -m eval.robustness --checkpoint RUN --kind c --data ~/imagenet-c
 
     kind     folder                             what is measured
-    a, r     WNID/*.jpg, 200 classes            top-1: the largest of the outputs of the classes that are there
+    a, r     WNID/*.jpg, 200 classes            top-1 among the classes that are there [D2]
     sketch   WNID/*.JPEG, 1000 classes          top-1 among all classes
     c        CORRUPTION/SEVERITY/WNID/*.JPEG    mean error and mCE, two different numbers
 
@@ -15,12 +15,12 @@ The error of a corruption is the mean of its errors at severities 1 to 5. The me
 over the corruptions. For the mCE each is divided first by AlexNet's error, so it exists for the 15
 corruptions of ImageNet-C together, and for a classifier of ImageNet's 1000 classes, only.
 
-Sources: [T] papers/evaluation.md (constants, layouts, mapping), [F] MFM's author's robustness branch.
+Sources: [I] the constants that ImageNet-C's authors published, [F] the test code of MFM's author.
   [D1] The view is that of all tests, short side to 256, then the centre of 224 pixels, for C too [F], whose
        images have 224 pixels already: they are enlarged and lose their border. `--view whole` shows images
        that have the encoder's size as they are.
-  [D2] A and R: the arg max runs over the classes in the folder, 200 in the published sets; 1.0 % missing
-       would be another task, so the count is printed and stored.
+  [D2] In A and R the arg max runs over the classes that the folder holds: 200 of the 1000 in the published
+       sets. The count is printed and stored, since fewer classes are an easier task.
 
 Dimension key: B batch, K classes, H x W size of the view.
 """
@@ -41,7 +41,7 @@ from common import flag
 from eval.finetune import load_classifier, predictions
 from eval.protocol import EvalConfig, append_result, centre_view
 
-# AlexNet's error on each corruption of ImageNet-C, the mean over its five severities [T].
+# AlexNet's error on each corruption of ImageNet-C, the mean over its five severities [I].
 ALEXNET = dict(
     gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
     glass_blur=.826268, motion_blur=.785948, zoom_blur=.798360, snow=.866816, frost=.826572, fog=.819324,
@@ -55,13 +55,14 @@ NAMES = dict(a="ImageNet-A", r="ImageNet-R", sketch="ImageNet-Sketch", c="ImageN
 class Config(EvalConfig):
     """The whole command line."""
 
-    kind: typing.Literal["", *NAMES] = flag("", "which set lies in the folder --data")
+    data: str = flag("", "the folder of the set, as it is published")
+    kind: typing.Literal["", *NAMES] = flag("", "which set that is")
     view: typing.Literal["crop", "whole"] = flag("crop", "whole: no crop where the size fits [D1]")
 
     def __post_init__(self):
         super().__post_init__()
         if not self.kind:
-            raise ValueError(f"--kind is missing: give one of {', '.join(NAMES)}, the set that lies in --data")
+            raise ValueError(f"--kind is missing: give {', '.join(NAMES)}, the set that lies in --data")
         if not self.data:
             raise ValueError(f"--data is missing: give the folder of {NAMES[self.kind]}")
         if self.img_size or self.num_heads:
@@ -92,7 +93,7 @@ def by_name(folder, classes):
     Raises FileNotFoundError or ValueError for a folder without images or with a class of another name.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"no folder at {folder}: give the one that holds a folder of images per class")
+        raise FileNotFoundError(f"there is no folder {folder}, which should hold a folder of images per class")
     files = common.list_images(folder)
     if not files:
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(common.EXTENSIONS)})")
@@ -100,14 +101,14 @@ def by_name(folder, classes):
     names = [os.path.relpath(file, folder).split(os.sep)[0] for file in files]
     unknown = sorted(set(names) - place.keys())
     if unknown:
-        raise ValueError(f"the classifier knows {len(classes)} classes ({', '.join(classes[:3])} ...), and none "
-                         f"is called {', '.join(unknown[:3])}, as in {folder}: it was trained on other data, or "
-                         "this folder has another layout")
+        raise ValueError(f"{folder} has {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which none "
+                         f"of the classifier's {len(classes)} classes ({', '.join(classes[:3])} ...) is called: "
+                         "the classifier was trained on other data, or the folder has another layout")
     return common.Images(files, [place[name] for name in names], classes, str(folder))
 
 
 def errors(model, images, config, processes, only=None):
-    """(wrong, all) images over all processes; the arg max runs over the classes `only` (a list of indices)."""
+    """(wrong, all) images, over all processes; the arg max runs over the classes `only`, a list of indices."""
     counts = torch.zeros(2, dtype=torch.long, device=processes.device)
     views = Views(images, model.encoder.img_size, config.view)
     for logits, labels in predictions(model, views, config.batch_size, config.workers, processes):
@@ -126,8 +127,8 @@ def corruption_errors(model, classes, config, processes):
     root, found, images = Path(config.data).expanduser(), {}, 0
     names = [name for name in ALEXNET if (root / name).is_dir()]
     if not names:
-        raise FileNotFoundError(f"{root} holds none of the corruptions' folders ({', '.join(list(ALEXNET)[:3])} "
-                                "...): give the folder with CORRUPTION/SEVERITY/WNID/*.JPEG")
+        raise FileNotFoundError(f"{root} has no folder {', '.join(list(ALEXNET)[:2])} or another corruption's: "
+                                "give the folder that holds CORRUPTION/SEVERITY/WNID/*.JPEG")
     # All folders are looked at before the first image is computed.
     sets = {name: [by_name(root / name / severity, classes) for severity in SEVERITIES] for name in names}
     for name, severities in sets.items():
@@ -153,7 +154,8 @@ def measure(model, classes, config, processes):
         accuracy = 100 * (count - wrong) / count
         print(f"{NAMES[config.kind]}: top-1 {accuracy:.1f} % of {count:,} images of {len(present)} classes, "
               f"arg max over {len(present) if only else len(classes)}")
-        return dict(accuracy=accuracy, images=count, classes_present=len(present), argmax_over=len(only or classes))
+        return dict(accuracy=accuracy, images=count, classes_present=len(present),
+                    argmax_over=len(only or classes))
     found, count = corruption_errors(model, classes, config, processes)
     mean, missing = sum(found.values()) / len(found), [name for name in ALEXNET if name not in found]
     mce = mean_corruption_error(found) if not missing and len(classes) == 1000 else None
