@@ -365,8 +365,8 @@ def listed(images, path):
 
 @torch.no_grad()
 def predictions(model, views, batch_size, workers, processes):
-    """Yields (logits (B, K), labels (B,)) on the device for this process's share of a dataset of uint8 images:
-    every world-th one, none twice, so that sums over the processes count each image once."""
+    """Yields (logits (B, K), labels (B,)) on the device for this process's share of uint8 `views`: every
+    world-th one, none twice, so that sums over the processes count each image once."""
     share = torch.utils.data.Subset(views, range(processes.rank, len(views), processes.world))
     loader = torch.utils.data.DataLoader(share, batch_size, num_workers=workers, pin_memory=(
         processes.device.type == "cuda"), worker_init_fn=common.own_group)

@@ -93,7 +93,7 @@ def by_name(folder, classes):
     Raises FileNotFoundError or ValueError for a folder without images or with a class of another name.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder}, which should hold a folder of images per class")
+        raise FileNotFoundError(f"there is no folder {folder}, which should hold one folder per class")
     files = common.list_images(folder)
     if not files:
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(common.EXTENSIONS)})")
@@ -101,14 +101,15 @@ def by_name(folder, classes):
     names = [os.path.relpath(file, folder).split(os.sep)[0] for file in files]
     unknown = sorted(set(names) - place.keys())
     if unknown:
-        raise ValueError(f"{folder} has {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which none "
-                         f"of the classifier's {len(classes)} classes ({', '.join(classes[:3])} ...) is called: "
+        more = " ..." if len(unknown) > 3 else ""
+        raise ValueError(f"{folder} has {', '.join(unknown[:3])}{more}, which none of the classifier's "
+                         f"{len(classes)} classes ({', '.join(classes[:3])} ...) is called: "
                          "the classifier was trained on other data, or the folder has another layout")
     return common.Images(files, [place[name] for name in names], classes, str(folder))
 
 
 def errors(model, images, config, processes, only=None):
-    """(wrong, all) images, over all processes; the arg max runs over the classes `only`, a list of indices."""
+    """(wrong, all) images, over all processes; the arg max runs over the classes `only` (indices)."""
     counts = torch.zeros(2, dtype=torch.long, device=processes.device)
     views = Views(images, model.encoder.img_size, config.view)
     for logits, labels in predictions(model, views, config.batch_size, config.workers, processes):
@@ -127,8 +128,8 @@ def corruption_errors(model, classes, config, processes):
     root, found, images = Path(config.data).expanduser(), {}, 0
     names = [name for name in ALEXNET if (root / name).is_dir()]
     if not names:
-        raise FileNotFoundError(f"{root} has no folder {', '.join(list(ALEXNET)[:2])} or another corruption's: "
-                                "give the folder that holds CORRUPTION/SEVERITY/WNID/*.JPEG")
+        raise FileNotFoundError(f"{root} has no folder {next(iter(ALEXNET))} or of another corruption: give "
+                                "the folder that holds CORRUPTION/SEVERITY/WNID/*.JPEG")
     # All folders are looked at before the first image is computed.
     sets = {name: [by_name(root / name / severity, classes) for severity in SEVERITIES] for name in names}
     for name, severities in sets.items():
