@@ -91,7 +91,7 @@ class Config:
     checkpoint: str = flag("", "a file (ours, timm, MAE, CAE v2 ...), or the folder of a run")
     data: str = flag("", "a folder with train/ and val/ (a folder per class), `cifar10` or `scenes` "
                          "(default: $IMAGENET, else data/imagenet)")
-    recipe: typing.Literal["auto", *RECIPES] = flag("auto", "whose recipe; auto: what the checkpoint names")
+    recipe: typing.Literal[("auto", *RECIPES)] = flag("auto", "whose recipe; auto: what the checkpoint names")
     fraction: float = flag(1.0, "share of the training images of each class [D8]")
     list: str = flag("", "text file that names the training images, one a line (CLASS/FILE or FILE)")
     out: str = flag("", "folder of the run (default: runs/finetune_NAME)")
@@ -356,6 +356,8 @@ def listed(images, path):
             raise ValueError(f"--list {path}: {len(found.get(name, ()))} images of {images.name} are called "
                              f"{name}, one was expected")
         ids.add(found[name][0])
+    if not ids:
+        raise ValueError(f"--list {path} names no image: write one file name a line")
     return list(ids)
 
 

@@ -56,7 +56,7 @@ class Config(EvalConfig):
     """The whole command line."""
 
     data: str = flag("", "the folder of the set, as it is published")
-    kind: typing.Literal["", *NAMES] = flag("", "which set that is")
+    kind: typing.Literal[("", *NAMES)] = flag("", "which set that is")
     view: typing.Literal["crop", "whole"] = flag("crop", "whole: no crop where the size fits [D1]")
 
     def __post_init__(self):

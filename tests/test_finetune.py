@@ -433,6 +433,9 @@ def test_a_list_names_files_or_paths(tmp_path, data):
     few = low_shot(images, Config("x", list=str(tmp_path / "list.txt")))
     assert [Path(few.path(i)).name for i in range(len(few))] == ["green_0.png", "red_1.png", "red_3.png"]
     assert few.labels.tolist() == [1, 2, 2] and few.classes == ("blue", "green", "red")
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(ValueError, match="list.txt names no image"):
+        listed(images, tmp_path / "list.txt")
     (tmp_path / "list.txt").write_text("red_77.png\n")
     with pytest.raises(ValueError, match="list.txt: 0 images of .*train are called red_77.png"):
         listed(images, tmp_path / "list.txt")
