@@ -591,6 +591,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, data, encoder, unbroken, st
     assert_same(tmp_path / "run", unbroken)
 
 
+def test_each_micro_batch_of_each_step_draws_anew(tmp_path, data, encoder, monkeypatch):
+    """Mixing and drop path: from (seed, step, row) alone, so a resumed run has the seeds of the whole one."""
+    seeds = []
+
+    def spy(config, num_classes):
+        mix = make_mix(config, num_classes)
+        return lambda *batch: (seeds.append(torch.initial_seed()), mix(*batch))[1]
+
+    monkeypatch.setattr(finetune, "make_mix", spy)
+    monkeypatch.setattr(finetune, "preview", lambda *arguments: None)
+    assert tune(data, encoder, tmp_path / "run", "--max_steps=3") == 0
+    expected = [common.seed_for(0, "step", step, row) for step in range(3) for row in (0, 3)]
+    assert seeds == expected and len(set(seeds)) == 6
+
+
 def test_a_run_killed_before_its_test_is_tested(tmp_path, data, encoder, unbroken, monkeypatch, capsys):
     class Killed(Exception):
         pass
