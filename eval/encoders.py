@@ -5,6 +5,7 @@
     facebookresearch/mae
     our last.pt                          encoder.patch_embed.proj.weight    the prefix goes
     official CAE v2                      blocks.0.attn.q_bias               `from_cae_v2`
+    mmpretrain                           backbone.patch_embed.projection... `from_mmpretrain`
 
 Another format is one more function `from_...` and two more lines in `to_timm`; everything after it works
 on timm's names alone. Sizes come from the shapes. The position table is loaded, never recomputed (two
@@ -108,18 +109,22 @@ def read_state(path):
 def to_timm(state):
     """A state dict in a known format as (its name, {timm's key: tensor} of the encoder, all other keys)."""
     prefix = "encoder." if "encoder.patch_embed.proj.weight" in state else ""
+    prefix = "backbone." if "backbone.patch_embed.projection.weight" in state else prefix
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     outside = [key for key in state if not key.startswith(prefix)]
     form = "timm"
     if "blocks.0.attn.q_bias" in weights:
         form, weights = "CAE v2", from_cae_v2(weights)
+    if prefix == "backbone.":
+        form, weights = "mmpretrain", from_mmpretrain(weights)
     # The three tensors that all sizes are read from.
     for key, ndim in {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}.items():
         if key not in weights or weights[key].ndim != ndim:
             some = f" ({', '.join(list(state)[:3])} ...)" if state else ""
             raise ValueError(f"this is no vision transformer in a known format: among its {len(state)} "
                              f"tensors{some} is no {key} with {ndim} dimensions; known are our "
-                             "encoder.safetensors and last.pt, timm, facebookresearch/mae, official CAE v2")
+                             "encoder.safetensors and last.pt, timm, facebookresearch/mae, "
+                             "mmpretrain, official CAE v2")
     return form, weights, outside
 
 
@@ -133,6 +138,23 @@ def from_cae_v2(weights):
             renamed[key.replace("q_bias", "qkv.bias")] = bias
         elif not key.endswith("attn.v_bias"):
             renamed[re.sub(r"gamma_([12])$", r"ls\1.gamma", key)] = value
+    return renamed
+
+
+# Patterns of mmpretrain's names, without `backbone.`, and timm's names for them.
+MMPRETRAIN = ((r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^pre_norm\.", "norm_pre."),
+              (r"^layers\.", "blocks."), (r"^ln1\.", "norm."), (r"\.ln([12])\.", r".norm\1."),
+              (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."))
+
+
+def from_mmpretrain(weights):
+    """Other names for the same tensors. MFF's proj_layers and proj_weights are of pre-training alone: they
+    keep their names, and are ignored."""
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, name in MMPRETRAIN:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
     return renamed
 
 
