@@ -17,7 +17,8 @@ the deep blocks need not carry the detail of pixels up to the last layer.
               pixels of the M hidden patches: predicted (B, M, P*P*C), true ones: squared error
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, E decoder
-width, P patch side, C channels, H W image height and width, L fused blocks, h heads, d width of one.
+width, P patch side, C channels, H W image height and width, L fused blocks, h heads, d width of a
+head, T tokens.
 
 What differs from MAE (marked Δ): the decoder reads several blocks, each but the last through its
 own linear map, averaged with learnable weights before the final norm; the weights are logged and
@@ -118,8 +119,9 @@ class Config(common.RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        common.check_range(self, 1, "epochs", "batch_size", "img_size", "patch_size", "embed_dim",
-                           "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads")
+        common.check_range(self, 1, "epochs", "batch_size", "patch_size", "embed_dim", "depth",
+                           "num_heads", "decoder_dim", "decoder_depth", "decoder_heads")
+        common.check_range(self, 5, "img_size")  # 4 pixels are reflected around it
         common.check_range(self, None, "lr", "mask_ratio")
         common.check_range(self, 0, "warmup_epochs", "weight_decay")
         if self.img_size % self.patch_size:

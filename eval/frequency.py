@@ -54,8 +54,8 @@ def relative_log_amplitude(features, grid):
     """
     h, w = common.pair(grid)
     if h != w or features.shape[1] != h * w:
-        raise ValueError(f"the curve is that of the diagonal of a square grid, {features.shape[1]} patches on "
-                         f"{h} x {w} were given")
+        raise ValueError(f"the curve is that of the diagonal of a square grid, not of {features.shape[1]} "
+                         f"patches on {h} x {w}")
     maps = rearrange(features, "b (h w) d -> b d h w", h=h)
     amplitude = (torch.fft.fft2(maps).abs() + 1e-6).log().mean(dim=(0, 1))  # (g, g)
     diagonal = amplitude.diagonal()[: (h + 1) // 2]  # (f,), from frequency 0 up
@@ -89,8 +89,8 @@ def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
     checkpoint, vit = open_checkpoint(config)
     if vit.grid[0] != vit.grid[1]:
-        raise ValueError(f"the encoder in {checkpoint} has {vit.grid[0]} x {vit.grid[1]} patches, a square one "
-                         "is needed: give --img_size")
+        raise ValueError(f"the encoder in {checkpoint} has {vit.grid[0]} x {vit.grid[1]} patches, a square "
+                         "grid is needed")
     images = pick_images(common.find_data(config.data, "val", vit.img_size[0]), config.images)
     with common.processes(config.device) as processes:
         if processes.world > 1:

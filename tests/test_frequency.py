@@ -129,7 +129,7 @@ def test_without_matplotlib_the_numbers_are_written(run, monkeypatch, capsys):
 
 def test_bad_commands(run, tmp_path, capsys):
     common.save_encoder(common.ViT((16, 32), 8, embed_dim=16, depth=1, num_heads=2), tmp_path / "oblong.safetensors")
-    for argv, match in ((["--checkpoint", tmp_path / "oblong.safetensors", "--data", "scenes"], "square one is needed"),
+    for argv, match in ((["--checkpoint", tmp_path / "oblong.safetensors", "--data", "scenes"], "a square grid is needed"),
                         (["--checkpoint", run, "--data", "scenes", "--images", 0], "--images 0 must be at least 1"),
                         (["--data", "scenes"], "--checkpoint is missing")):
         assert call(*argv, main=frequency.main) == 1
