@@ -3,8 +3,8 @@
 Liu et al., "Improving Pixel-based MIM by Reducing Wasted Modeling Capability", arXiv 2308.00261,
 ICCV 2023. Released code: open-mmlab/mmpretrain. Base method: He et al., MAE, arXiv 2111.06377.
 
-The idea in one sentence: the decoder of MAE gets the shallow blocks' features directly, so that
-the deep blocks need not carry the detail of pixels up to the last layer.
+The idea in one sentence: the decoder of MAE gets the shallow blocks' features directly [abs], so
+that the deep blocks need not carry the detail of pixels up to the last layer (our reading).
 
   image -- visible patches -- ViT encoder: blocks 0 .. 11, each (B, 1+V, D)
                                   |   |   |      |
@@ -23,8 +23,8 @@ head, T tokens.
 What differs from MAE (marked Δ): the decoder reads several blocks, each but the last through its
 own linear map, averaged with learnable weights before the final norm; the weights are logged and
 decay; the image is resized and cropped with a margin, not a random resized crop; optionally the
-target is a low-pass image (PixMIM). `--fuse none --augment rrc` is MAE. Nothing of the fusion is
-kept: encoder.safetensors is a plain ViT, whose last block alone is used downstream.
+target is a low-pass image (PixMIM). `--fuse none --augment rrc` is MAE, up to D7 and D8. Nothing of
+the fusion is kept: encoder.safetensors is a plain ViT, whose last block alone is used downstream.
 
 Sources: [code] mmpretrain's release, [mae] facebookresearch/mae, [fork] the first author's forks,
 [abs] the abstract. The body of the paper was not at hand. Where these are silent or differ:
@@ -39,12 +39,13 @@ Sources: [code] mmpretrain's release, [mae] facebookresearch/mae, [fork] the fir
   [D7] Weight decay by the released rule, with or without fusion: the fusion's logits decay, the
        class and mask tokens do not (in facebookresearch/mae they do).
   [D8] Warm-up starts at 1e-4 of the peak, as in the released 300 epochs (800 epochs: 1e-9, MAE: 0).
-  [D9] Biases of the encoder's MLPs start at 0, as in MAE; in mmpretrain from N(0, 1e-6).
+  [D9] Biases of the encoder's MLPs start at 0, as in MAE; in mmpretrain from N(0, 1e-6). The maps
+       of the attention fusion, whose start is not known, start as all others.
   [D10] The radius of the low-pass filter, 40 at 224 pixels [fork], grows with the image.
   [D11] A step whose gradient is not finite is skipped and counted, as a loss scaler does.
 
 Commands (the same command again resumes):
-  python mfm_mae.py --demo                                 built-in images, on a laptop
+  python mfm_mae.py --demo [--fuse none]                   built-in images, on a laptop [MAE]
   python mfm_mae.py --model vit_s --data ~/photos          one GPU, any folder of images
   torchrun --nproc_per_node=8 mfm_mae.py --model vit_b     the released run: ImageNet, 300 epochs
 To use the method elsewhere copy this file and common.py (and demo/ for `scenes`).

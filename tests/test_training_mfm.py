@@ -3,6 +3,7 @@ what the command line refuses. What common.py does for all methods alike is test
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -116,6 +117,19 @@ def test_only_the_plain_encoder_is_kept(tmp_path, data, unbroken):
     assert differences(load_encoder(unbroken / "last.pt").state_dict(), vit.state_dict()) == []
     names = {"config.json", "log.jsonl", "last.pt", "encoder.safetensors", "preview.png"}
     assert set(os.listdir(unbroken)) == names
+
+
+def test_the_optimiser_is_that_of_the_recipe(tmp_path, data, unbroken):
+    """AdamW 0.9, 0.95; the logits decay, tokens and vectors do not; the cosine ends near 0."""
+    decay, rest = load(unbroken)["optimizer"]["param_groups"]
+    assert decay["betas"] == rest["betas"] == (0.9, 0.95) and decay["eps"] == 1e-8
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
+    # Matrices: patch embedding, 4 for each of 3 + 1 blocks, 2 projections, 2 of the decoder; and the logits.
+    assert len(decay["params"]) == 1 + 4 * 4 + 2 + 2 + 1
+    assert run_mfm(*TINY, "--data", data, "--out", tmp_path / "run", "--fuse=none") == 0
+    peak, lines = 3e-2 * 8 / 256, read_log(tmp_path / "run")
+    assert lines[-1]["lr"] == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * 9 / 10)))  # 2 steps of warm-up
+    assert len({line["grad_norm"] for line in lines}) == 12 and max(line["grad_norm"] for line in lines) > 0.1
 
 
 @pytest.mark.slow
