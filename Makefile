@@ -1,5 +1,6 @@
-# make demo    pre-train on the built-in images and probe the features, two minutes on a laptop
-# make test    the test suite
+# make demo      pre-train on the built-in images and probe the features, two minutes on a laptop
+# make demo-mfm  the same for MAE and for MFM, side by side
+# make test      the test suite
 # Both make .venv when it is missing. PYTHON=/path/to/python uses an existing environment instead.
 
 ifdef PYTHON
@@ -12,12 +13,20 @@ endif
 # Threads that wait for each other by spinning make a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test
+.PHONY: demo demo-mfm test
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) cae_v2.py --demo
 	@echo "probing the encoder ..."
 	@$(PYTHON) -m eval.linear_probe --checkpoint runs/cae_v2_demo/encoder.safetensors --data scenes --protocol ridge
+
+demo-mfm: $(ENVIRONMENT)
+	$(PYTHON) mfm_mae.py --demo --fuse none --out runs/mae_demo
+	@echo "probing MAE ..."
+	@$(PYTHON) -m eval.linear_probe --checkpoint runs/mae_demo/encoder.safetensors --data scenes
+	$(PYTHON) mfm_mae.py --demo
+	@echo "probing MFM ..."
+	@$(PYTHON) -m eval.linear_probe --checkpoint runs/mfm_mae_demo/encoder.safetensors --data scenes
 
 test: $(ENVIRONMENT)
 	$(PYTHON) -m pytest

@@ -803,10 +803,10 @@ def read_checkpoint(path):
     return state
 
 
-def read_weights(path, key):
-    """The state dict in a .pt or .pth file: under `key`, or the file itself."""
+def read_weights(path, *keys):
+    """The state dict in a .pt or .pth file: under the first of `keys` there, or the file itself."""
     state = read_checkpoint(path)
-    state = state.get(key, state)
+    state = next((state[key] for key in keys if key in state), state)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} holds no weights by name")
     return state

@@ -6,6 +6,7 @@
     our last.pt                          encoder.patch_embed.proj.weight    the prefix goes
     official CAE v2                      blocks.0.attn.q_bias               `fused_biases`
     official Beyond Masking              the same, and no pos_embed         `from_beyond_masking`
+    mmpretrain                           backbone.patch_embed.projection... `from_mmpretrain`
 
 Another format is one more function `from_...` and two more lines in `to_timm`; everything after it works
 on timm's names alone. Sizes come from the shapes. The position table is loaded, never recomputed (two
@@ -116,6 +117,7 @@ def read_state(path):
 def to_timm(state):
     """A state dict in a known format as (its name, {timm's key: tensor} of the encoder, all other keys)."""
     prefix = "encoder." if "encoder.patch_embed.proj.weight" in state else ""
+    prefix = "backbone." if "backbone.patch_embed.projection.weight" in state else prefix
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     outside = [key for key in state if not key.startswith(prefix)]
     form = "timm"
@@ -123,14 +125,16 @@ def to_timm(state):
         form, weights = "CAE v2", fused_biases(weights)
         if "pos_embed" not in weights and "blocks.0.ls1.gamma" not in weights:
             form, weights = "Beyond Masking", from_beyond_masking(weights)
+    if prefix == "backbone.":
+        form, weights = "mmpretrain", from_mmpretrain(weights)
     # The three tensors that all sizes are read from.
     for key, ndim in {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}.items():
         if key not in weights or weights[key].ndim != ndim:
             some = f" ({', '.join(list(state)[:3])} ...)" if state else ""
             raise ValueError(f"this is no vision transformer in a known format: among its {len(state)} "
                              f"tensors{some} is no {key} with {ndim} dimensions; known are our "
-                             "encoder.safetensors and last.pt, timm, facebookresearch/mae, official CAE v2 "
-                             "and Beyond Masking")
+                             "encoder.safetensors and last.pt, timm, facebookresearch/mae, mmpretrain, "
+                             "official CAE v2 and Beyond Masking")
     return form, weights, outside
 
 
@@ -152,6 +156,23 @@ def from_beyond_masking(weights):
     width = len(weights["patch_embed.proj.bias"])
     kept = {key: value for key, value in weights.items() if key != "cls_token"}
     return {**kept, "pos_embed": common.sinusoid_1d(width, 14 * 14)[None]}
+
+
+# Patterns of mmpretrain's names, without `backbone.`, and timm's names for them.
+MMPRETRAIN = ((r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^pre_norm\.", "norm_pre."),
+              (r"^layers\.", "blocks."), (r"^ln1\.", "norm."), (r"\.ln([12])\.", r".norm\1."),
+              (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."))
+
+
+def from_mmpretrain(weights):
+    """Other names for the same tensors. MFF's proj_layers and proj_weights are of pre-training alone: they
+    keep their names, and are ignored."""
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, name in MMPRETRAIN:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return renamed
 
 
 # --------------------------------------------------------------------------------------------------

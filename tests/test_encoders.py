@@ -140,6 +140,32 @@ def test_official_cae_v2(tmp_path, case, prefix):
     close(tokens[:, 0], golden["linear_probe_cls"])
 
 
+@pytest.mark.parametrize("name", ["mae", "mfm"])
+def test_mae_and_mmpretrain(tmp_path, capsys, name):
+    """The downstream features of the released code: of the last block, nothing of the fusion."""
+    golden = torch.load(pathlib.Path(__file__).parent / "golden" / "mfm_mae.pt", weights_only=True)[name]
+    key = dict(mae="model", mfm="state_dict")[name]
+    torch.save({key: golden["state_dict"], "meta": dict(epoch=3)}, tmp_path / "x.pth")
+    vit = load_encoder(tmp_path / "x.pth", num_heads=golden["config"]["num_heads"])
+    close(features(vit, golden["images"])[:, 0], golden["vit_cls_feature"])
+    close(vit.layers(golden["images"], [-1])[0][:, 1:].mean(dim=1), golden["vit_patch_mean"])
+    loaded, _, ignored = capsys.readouterr().out.splitlines()
+    if name == "mfm":
+        assert "mmpretrain names" in loaded and "proj_weights (1), proj_layers (10)" in ignored
+        assert torch.equal(vit.pos_embed, golden["state_dict"]["backbone.pos_embed"])
+
+
+@pytest.mark.parametrize("extra", ["backbone.pre_norm.weight", "backbone.layers.0.gamma_1",
+                                   "backbone.layers.0.attn.rel_pos_bias"])
+def test_mmpretrain_with_a_part_that_vit_lacks(tmp_path, extra):
+    golden = torch.load(pathlib.Path(__file__).parent / "golden" / "mfm_mae.pt", weights_only=True)["mfm"]
+    torch.save({"state_dict": golden["state_dict"] | {extra: torch.zeros(48)}}, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "does not compute", num_heads=4)
+    cut = {key: value for key, value in golden["state_dict"].items() if not key.startswith("backbone.ln1")}
+    torch.save({"state_dict": cut}, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "lacks norm.weight, norm.bias", num_heads=4)
+
+
 @pytest.mark.parametrize("config", [
     dict(SMALL, init_values=0.1), dict(SMALL, img_size=(16, 64), patch_size=(8, 16)),
     dict(SMALL, mlp_ratio=2.0),
