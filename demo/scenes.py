@@ -237,7 +237,7 @@ def write_coco(folder, train: int = 400, val: int = 100, size: int = 64) -> None
     An image of `size` pixels shows four scenes, two by two: with a single one there would be little
     to find. Masks are COCO's run lengths. Raises ValueError for an odd size or one below 32.
     """
-    from torchvision.io import write_png
+    from torchvision.utils import save_image
     if size % 2:
         raise ValueError(f"size must be even, as two scenes share a side: {size}")
     folder, half = Path(folder), size // 2
@@ -261,7 +261,7 @@ def write_coco(folder, train: int = 400, val: int = 100, size: int = 64) -> None
                     "category_id": int(scenes.labels[scene]) + 1, "area": int(mask.sum()),
                     "bbox": [x + x0, y + y0, x1 - x0, y1 - y0],
                     "segmentation": {"size": [size, size], "counts": run_lengths(mask)}})
-            write_png(canvas, str(folder / split / image["file_name"]))
+            save_image(canvas / 255, folder / split / image["file_name"])
             images.append(image)
         categories = [{"id": 1 + index, "name": name} for index, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
