@@ -447,8 +447,10 @@ def parameter_groups(model, weight_decay, layer_decay):
 def detect(model, images, indices, config, device):
     """Yields (target, what was detected, on the CPU) for the images `indices` of a `CocoImages`."""
     model.eval()
-    loader = torch.utils.data.DataLoader(Whole(images, indices, config.img_size), config.micro_batch or 8,
-                                         num_workers=config.workers, collate_fn=collate)
+    batch_size = config.micro_batch or 8
+    loader = torch.utils.data.DataLoader(Whole(images, indices, config.img_size), batch_size,
+                                         num_workers=min(config.workers, len(indices) // batch_size),
+                                         collate_fn=collate, worker_init_fn=common.own_group)
     for batch in loader:
         inputs, targets = to_device(batch, device)
         with common.autocast(device, config.precision):
@@ -500,12 +502,12 @@ def evaluate(model, images, config, processes):
 
 
 def draw(path, model, images, config, device, count=6):
-    """Draws a few images from all over the set: the truth above, detections of score 0.5 and more below."""
+    """Draws a few images from all over the set: the truth above, detections of score 0.25 and more below."""
     chosen = range(0, len(images), max(1, len(images) // count))[:count]
     above, below = [], []
     for index, (_, found) in zip(chosen, detect(model, images, chosen, config, device)):
         image, truth = images[index]
-        sure = {name: value[found["scores"] >= 0.5] for name, value in found.items()}
+        sure = {name: value[found["scores"] >= 0.25] for name, value in found.items()}
         above.append(panel(image, truth, truth["masks"] > 0, images.classes))
         below.append(panel(image, sure, sure["masks"][:, 0] > 0.5, images.classes))
     sheet = TF.to_pil_image(make_grid(torch.stack(above + below), nrow=len(chosen), pad_value=255))
@@ -524,7 +526,8 @@ def panel(image, objects, masks, classes, side=256):
         if "scores" in objects:
             words = [f"{word} {score:.2f}" for word, score in zip(words, objects["scores"].tolist())]
         canvas = draw_segmentation_masks(canvas, TF.resize(masks, size, NEAREST), alpha=0.4, colors=colours)
-        canvas = draw_bounding_boxes(canvas, objects["boxes"] * scale, words, colours, width=2)
+        canvas = draw_bounding_boxes(canvas, objects["boxes"] * scale, words, colours, width=2,
+                                     label_colors="white", fill_labels=True)
     return TF.pad(canvas, [0, 0, side - size[1], side - size[0]], 255)
 
 
