@@ -9,9 +9,12 @@ test of this project runs anywhere. Two choices make the data worth learning fro
 * The geometry lives in [-1, 1]^2, y down, apart from the pixels. A scene is the same at each size.
 
     python -m demo.scenes scenes.png        draws sixty scenes and their label maps
+    python -m demo.scenes FOLDER            writes a small detection set in COCO's format
 """
 
+import json
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -228,11 +231,59 @@ def captions_of(d: dict[str, Tensor]) -> list[str]:
     return captions
 
 
+def write_coco(folder, train: int = 400, val: int = 100, size: int = 64) -> None:
+    """Write a detection set in COCO's format: {train,val}/*.png, annotations/instances_*.json.
+
+    An image of `size` pixels shows four scenes, two by two: with a single one there would be little
+    to find. Masks are COCO's run lengths. Raises ValueError for an odd size or one below 32.
+    """
+    from torchvision.utils import save_image
+    if size % 2:
+        raise ValueError(f"size must be even, as two scenes share a side: {size}")
+    folder, half = Path(folder), size // 2
+    for split, count in (("train", train), ("val", val)):
+        scenes = make_scenes(4 * count, half, SEEDS[split])
+        images, annotations = [], []
+        for directory in (folder / split, folder / "annotations"):
+            directory.mkdir(parents=True, exist_ok=True)
+        for place, image_id in enumerate(range(1, count + 1)):
+            image = {"id": image_id, "file_name": f"{image_id:06}.png", "height": size,
+                     "width": size}
+            canvas = torch.zeros(3, size, size, dtype=torch.uint8)
+            for quarter in range(4):
+                scene, y, x = 4 * place + quarter, quarter // 2 * half, quarter % 2 * half
+                canvas[:, y: y + half, x: x + half] = scenes.images[scene]
+                mask = torch.zeros(size, size, dtype=torch.bool)
+                mask[y: y + half, x: x + half] = scenes.maps[scene] >= 2
+                x0, y0, x1, y1 = scenes.boxes[scene].tolist()
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0,
+                    "category_id": int(scenes.labels[scene]) + 1, "area": int(mask.sum()),
+                    "bbox": [x + x0, y + y0, x1 - x0, y1 - y0],
+                    "segmentation": {"size": [size, size], "counts": run_lengths(mask)}})
+            save_image(canvas / 255, folder / split / image["file_name"])
+            images.append(image)
+        categories = [{"id": 1 + index, "name": name} for index, name in enumerate(CLASSES)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def run_lengths(mask: Tensor) -> list[int]:
+    """COCO's code of a mask: lengths of runs of 0 and 1 in turn, 0 first, column by column."""
+    column = mask.T.flatten().int()  # (H*W,)
+    edges = torch.nn.functional.pad(column, (1, 0)).diff().nonzero()[:, 0]  # a run begins there
+    ends = torch.cat([edges.new_zeros(1), edges, edges.new_tensor([len(column)])])
+    return ends.diff().tolist()
+
+
 def main() -> None:
-    """Write images and their label maps, side by side, to the file named on the command line."""
+    """Write images and their label maps, side by side, to the file named on the command line, or,
+    where a folder is named, a detection set into it."""
     from torchvision.utils import save_image
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m demo.scenes OUT.png")
+        sys.exit("usage: python -m demo.scenes OUT.png, or python -m demo.scenes FOLDER")
+    if not sys.argv[1].endswith(".png"):
+        return write_coco(sys.argv[1])
     scenes = make_scenes(60, size=64)
     maps = PALETTE[scenes.maps.long()].movedim(-1, 1)  # (n, 3, S, S)
     pairs = torch.stack([scenes.images, maps], dim=1).flatten(0, 1)  # (2n, 3, S, S)
