@@ -108,8 +108,8 @@ def with_recipe(config, depth):
     common.check_range(config, None, "steps", "lr", "layer_decay")
     common.check_range(config, 0, "drop_path")
     if config.warmup_steps >= config.steps or config.layer_decay > 1 or config.drop_path >= 1:
-        raise ValueError(f"--warmup_steps {config.warmup_steps} must be below --steps {config.steps}, --drop_path "
-                         f"{config.drop_path:g} below 1, --layer_decay {config.layer_decay:g} at most 1")
+        raise ValueError(f"--warmup_steps {config.warmup_steps} must be below --steps {config.steps}, --drop_path"
+                         f" {config.drop_path:g} below 1, --layer_decay {config.layer_decay:g} at most 1")
     return config
 
 
@@ -193,7 +193,7 @@ def class_names(path, num_classes):
     lines = path.read_text().split("\n") if path.exists() else map(str, range(num_classes))
     names = [line.strip() for line in lines if line.strip()]
     if not names or num_classes not in (0, len(names)):
-        raise ValueError(f"{path} names {len(names)} classes, --num_classes says {num_classes}: one must tell")
+        raise ValueError(f"{path} names {len(names)} classes, --num_classes {num_classes}: one must tell")
     return names
 
 
@@ -446,9 +446,10 @@ def palette(count):
 
 
 def overlay(image, labels, colours):
-    """A uint8 image (3, h, w), half covered with the colours of its labels (h, w) but for ignored pixels."""
+    """A uint8 image (3, h, w), grey below the colours of its labels (h, w) but where they are IGNORE."""
+    grey = image.float().mean(dim=0)
     paint = rearrange(colours[labels.long().clamp(max=len(colours) - 1)], "h w c -> c h w")
-    return torch.where(labels == IGNORE, image, (image.int() + paint) // 2).byte()
+    return torch.where(labels == IGNORE, image, 0.4 * grey + 0.6 * paint).byte()
 
 
 def draw_overlays(path, model, data, config, device, count=6):
@@ -612,9 +613,9 @@ def main(argv=None):
     with common.processes(config.device) as processes:
         if config.eval_only:
             return test_only(config, processes, started)
-        data = find_maps(config, "train")
         with contextlib.redirect_stdout(sys.stdout if processes.main else None):
             path, encoder = open_checkpoint(config)
+        data = find_maps(config, "train")
         config = with_recipe(dataclasses.replace(config, num_classes=len(data.classes)), len(encoder.blocks))
         if config.random_init:
             encoder = random_encoder(encoder, config.seed)
