@@ -108,8 +108,9 @@ def with_recipe(config, depth):
     common.check_range(config, None, "steps", "lr", "layer_decay")
     common.check_range(config, 0, "drop_path")
     if config.warmup_steps >= config.steps or config.layer_decay > 1 or config.drop_path >= 1:
-        raise ValueError(f"--warmup_steps {config.warmup_steps} must be below --steps {config.steps}, --drop_path"
-                         f" {config.drop_path:g} below 1, --layer_decay {config.layer_decay:g} at most 1")
+        raise ValueError(f"--warmup_steps {config.warmup_steps} must be below --steps {config.steps}, "
+                         f"--drop_path {config.drop_path:g} below 1, --layer_decay {config.layer_decay:g} at "
+                         "most 1")
     return config
 
 
@@ -409,7 +410,9 @@ def confusion_matrix(labels, predicted, num_classes):
 
 def scores(confusion):
     """mIoU, aAcc, mAcc and the IoU of each class (None: it occurs nowhere) of a confusion matrix, and what it
-    gives to say the commonest class everywhere; all in per cent."""
+    gives to say the commonest class everywhere; all in per cent. Raises ValueError for an empty matrix."""
+    if not confusion.any():
+        raise ValueError("no pixel of the test's label maps has a label: look at --ignore_index")
     confusion = confusion.double()
     right, truth, predicted = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)  # (K,) each
     iou, recall = 100 * right / (truth + predicted - right), 100 * right / truth  # nan: no such class
@@ -460,7 +463,7 @@ def draw_overlays(path, model, data, config, device, count=6):
     for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
         view, labels = views[index]
         image, predicted = data[index][0], predict(model, view, labels.shape, config, device).cpu()
-        seen.update(labels[labels != IGNORE].tolist(), predicted.flatten().tolist())
+        seen |= {*labels.unique().tolist(), *predicted.unique().tolist()} - {IGNORE}
         panels = [image, overlay(image, labels, colours), overlay(image, predicted, colours)]
         for column, panel in enumerate(panels):
             panel = TF.to_pil_image(panel)
@@ -527,8 +530,9 @@ def describe(config, model, plan, processes, data, val, folder, norm):
         sum([logits, *auxiliary]).sum().backward()
 
     flops, name = common.count_flops(step), {"batch": "SyncBatchNorm", "group": "GroupNorm"}[norm]
-    print(f"segment  {config.head} on blocks {model.taps}, {name} ({processes.world} processes, "
-          f"{processes.device.type}): {total:,} parameters, {encoder:,} of them in the encoder\n"
+    what = f"UPerNet on blocks {model.taps}, {name} ({processes.world} processes, {processes.device.type})"
+    what = "a linear layer on frozen tokens" if model.linear else what
+    print(f"segment  {what}: {total:,} parameters, {encoder:,} of them in the encoder\n"
           f"data     {len(data):,} images in {data.name}, {len(val):,} to test, {len(data.classes)} classes\n"
           f"batch    {plan.batch_size} = {processes.world} processes x {plan.accumulation} micro batches x "
           f"{plan.micro_batch} crops of {config.img_size} pixels\n"
