@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import common
 from eval import segment
 from eval.encoders import export
 from eval.segment import (IGNORE, Augment, Config, LabelMaps, Segmenter, UPerNet, Views, confusion_matrix,
-                          distort, evaluate, find_maps, layer_groups, learning_rate, main, norm_layer, overlay,
-                          pad, palette, pixel_loss, predict, scaled_size, scores, slide, tap_blocks, to_labels,
-                          window_starts, with_recipe)
+                          distort, evaluate, find_maps, layer_groups, learning_rate, main, norm_layer,
+                          overlay, pad, palette, pixel_loss, predict, scaled_size, scores, slide,
+                          tap_blocks, to_labels, window_starts, with_recipe)
 from helpers import call, differences, finish, load, read_log, start
 
 CPU = torch.device("cpu")
@@ -268,6 +267,7 @@ def test_who_is_trained():
     (logits.square().mean() + auxiliary[0].square().mean()).backward()
     frozen = {"encoder.pos_embed", "encoder.norm.weight", "encoder.norm.bias"}
     assert {name for name, p in model.named_parameters() if p.grad is None} == frozen
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen  # as DDP asks for
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name not in frozen
                and not name.endswith("qkv.bias"))
 
