@@ -464,6 +464,23 @@ def test_distortion_is_torchvisions_in_range_and_share():
     assert min(spreads) < 0.3 and max(spreads) > 0.6 and 120 < turned < 280
 
 
+def test_distortion_has_brightness_first_and_contrast_before_or_after_colour(monkeypatch):
+    orders, called = set(), []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        def step(image, by, name=name):
+            called.append(name)
+            return image
+
+        monkeypatch.setattr(segment.TF, f"adjust_{name}", step)
+    for seed in range(400):
+        torch.manual_seed(seed)
+        called.clear()
+        distort(None)
+        orders.add(" ".join(called))
+    assert {"brightness contrast saturation hue", "brightness saturation hue contrast", ""} < orders
+    assert len(orders) == 16 + 6  # subsets, and the other place of contrast where there is a colour step
+
+
 def test_views_resize_the_image_not_the_labels(tmp_path):
     data = find_maps(config(data=str(write_maps(tmp_path)), num_classes=3, ignore_index=11), "val")
     view, labels = Views(data, config(num_classes=3, ignore_index=11))[2]
@@ -546,12 +563,34 @@ def test_a_run_writes_model_encoder_result_and_pictures(trained, encoder, maps):
     state = load(trained)
     assert (state["kind"], state["method"], state["step"]) == ("segmentation", "segment", 6)
     assert state["config"]["layer_decay"] == 0.65 and state["config"]["num_classes"] == 3  # resolved
+    last = learning_rate(5, Config(**state["config"]))
+    groups = state["optimizer"]["param_groups"]
+    assert {round(group["scale"], 6) for group in groups} == {round(0.65**power, 6) for power in range(6)}
+    assert all(group["lr"] == pytest.approx(last * group["scale"]) for group in groups)
     line = next(line for line in results(encoder.parent) if line["data"] == str(maps))
     assert line["kind"] == "segment" and line["protocol"] == "upernet" and line["val_images"] == 8
     assert len(line["iou"]) == 3 and 0 < line["miou"] <= line["aacc"] < 100
     picture = Image.open(trained / "overlays.png")
     assert picture.width == 960 and picture.height > 600
     assert torch.isfinite(common.read_safetensors(trained / "encoder.safetensors")["cls_token"]).all()
+
+
+def test_the_first_loss_is_that_of_the_formula(trained, maps):
+    """Of the crops that the loader gives: cross-entropy of the head and 0.4 of the auxiliary one's."""
+    settings = Config(**load(trained)["config"])
+    plan = common.make_plan(8, 4, 2, 1, 1)
+    samples = common.Samples(find_maps(settings, "train"), Augment(settings), settings.seed)
+    model, losses = Segmenter(tiny(), settings, "group").train(), []
+    for micro, (images, labels) in enumerate(common.training_loader(samples, plan, ONE, settings, 0, 1)):
+        torch.manual_seed(common.seed_for(0, "step", 0, 2 * micro))
+        mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        logits, (auxiliary,) = model((images / 255 - mean) / std)
+        for x, weight in ((logits, 1.0), (auxiliary, 0.4)):
+            p = x.log_softmax(dim=1)
+            kept = labels < IGNORE
+            picked = p.gather(1, labels.long().clamp(max=2)[:, None])[:, 0][kept]
+            losses.append(-weight * float(picked.sum()) / labels.numel())
+    assert numbers(trained)[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_eval_only_needs_nothing_but_last_pt(trained, encoder, maps, tmp_path, capsys):
