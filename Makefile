@@ -23,10 +23,10 @@ demo: $(ENVIRONMENT)
 demo-mfm: $(ENVIRONMENT)
 	$(PYTHON) mfm_mae.py --demo --fuse none --out runs/mae_demo
 	@echo "probing MAE ..."
-	@$(PYTHON) -m eval.linear_probe --checkpoint runs/mae_demo/encoder.safetensors --data scenes
+	@$(PYTHON) -m eval.linear_probe --checkpoint runs/mae_demo/encoder.safetensors --data scenes --protocol ridge
 	$(PYTHON) mfm_mae.py --demo
 	@echo "probing MFM ..."
-	@$(PYTHON) -m eval.linear_probe --checkpoint runs/mfm_mae_demo/encoder.safetensors --data scenes
+	@$(PYTHON) -m eval.linear_probe --checkpoint runs/mfm_mae_demo/encoder.safetensors --data scenes --protocol ridge
 
 test: $(ENVIRONMENT)
 	$(PYTHON) -m pytest
