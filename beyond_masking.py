@@ -93,7 +93,7 @@ SIZES = {
 }
 
 DEMO = dict(model="vit_demo", data="scenes", img_size=28, patch_size=4, epochs=6, batch_size=64,
-            lr=8e-3, warmup_epochs=0.3, crop_min=0.6, workers=0, log_every=50)
+            lr=4e-3, warmup_epochs=0.3, crop_min=1.0, workers=0, log_every=50)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class Config(common.RunConfig):
 
     @property
     def num_masked(self):
-        return self.grid**2 - int(self.grid**2 * (1 - self.mask_ratio))  # what is kept is cut [code]
+        # The number of visible patches is truncated [code].
+        return self.grid**2 - int(self.grid**2 * (1 - self.mask_ratio))
 
     @property
     def peak_lr(self):
@@ -285,7 +286,7 @@ class Augment:
         image = TF.resized_crop(image, *box, self.size, TF.InterpolationMode.BICUBIC)
         if torch.rand(()) < 0.5:
             image = TF.horizontal_flip(image)
-        params = sample_params(config.task, 1, img_size=config.img_size)
+        params = sample_params(config.task, 1, img_size=config.img_size)  # [D8]
         params = {name: value.squeeze(0) for name, value in params.items()}
         if not hides(config.task):
             return image, params
@@ -602,7 +603,7 @@ def decays(name, parameter):
 
 
 def find_images(config, **count):
-    """The images of --data; the built-in ones are drawn as large as the view and the clean image."""
+    """The images of --data; built-in ones are as large as the larger of view and clean image."""
     size = max(config.img_size, *clean_size(config.task, config.img_size))
     return common.find_data(config.data, "pretrain", size, **count)
 
@@ -646,8 +647,9 @@ def train(config, run, processes):
                 (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
 
+        # Logged, not clipped [code].
         grad_norm = nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None])  # logged, not clipped [code]
+            [p.grad for p in model.parameters() if p.grad is not None])
         run.update(optimizer, grad_norm)  # skips a step whose gradient is not finite [D9]
 
         run.log(step + 1, lr, grad_norm)

@@ -13,7 +13,7 @@ from eval import linear_probe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-METHODS = ["cae_v2.py"]
+METHODS = ["cae_v2.py", "beyond_masking.py", "mfm_mae.py"]
 
 
 def test_every_flag_in_the_readme_exists():
