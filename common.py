@@ -987,10 +987,10 @@ class Run:
         flag = torch.tensor(float(self.signal is not None), device=self.processes.device)
         return bool(self.processes.sum(flag) > 0)
 
-    def save(self, model, optimizer, step, encoder=None, **more):
+    def save(self, model, optimizer, step, export=None, **more):
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need.
 
-        `encoder` is the ViT to export, by default `model.encoder`, if there is one; `more` is plain
+        `export` is the ViT for others, by default `model.encoder`, if there is one; `more` is plain
         data or tensors, found in `state` on resuming.
         """
         if self.processes.main:
@@ -1000,9 +1000,9 @@ class Run:
                          skipped=self.skipped, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), **more)
             # The encoder first: whoever is killed in between finds both made again on resuming.
-            encoder = encoder or getattr(model, "encoder", None)
-            if encoder is not None:  # None: it is frozen, and has a file of its own
-                save_encoder(encoder, self.folder / "encoder.safetensors",
+            export = export or getattr(model, "encoder", None)
+            if export is not None:  # None: it is frozen, and has a file of its own
+                save_encoder(export, self.folder / "encoder.safetensors",
                              method=self.method, step=step)
             write_atomically(self.checkpoint, lambda path: save_state(state, path))
 
