@@ -1051,14 +1051,17 @@ def describe(config, plan, processes, folder):
 # 8  pictures
 
 
-def save_panels(path, rows, captions, note=""):
-    """Writes rows of (3, H, W) float images in 0..1 as one PNG: captions on top, a note below."""
-    side, gap, head = 168, 6, 22
-    sheet = Image.new("RGB", (len(captions) * (side + gap) + gap,
+def save_panels(path, rows, captions, note="", labels=()):
+    """Writes rows of (3, H, W) float images in 0..1 as one PNG: captions on top, a note below, and
+    a label left of each row, if there are any."""
+    side, gap, head, margin = 168, 6, 22, 90 if labels else 6
+    sheet = Image.new("RGB", (margin + len(captions) * (side + gap),
                               head + len(rows) * (side + gap) + (head if note else 0)), "white")
     draw = ImageDraw.Draw(sheet)
+    for line, label in enumerate(labels):
+        draw.text((gap, head + line * (side + gap) + side // 2), label, fill="black")
     for column, caption in enumerate(captions):
-        left = gap + column * (side + gap)
+        left = margin + column * (side + gap)
         draw.text((left, 5), caption, fill="black")
         for line, row in enumerate(rows):
             pixels = (row[column].float().clamp(0, 1) * 255).round().byte().cpu()
