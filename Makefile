@@ -29,11 +29,11 @@ demo-mfm: $(ENVIRONMENT)
 	@echo "probing MFM ..."
 	@$(PYTHON) -m eval.linear_probe --checkpoint runs/mfm_mae_demo/encoder.safetensors --data scenes --protocol ridge
 
-# `mask` and the best practice run six epochs, the others one: they take longer, and show less.
+# `mask` and the best practice run to their end, the others 100 steps: they take longer and show less.
 demo-beyond: $(ENVIRONMENT)
 	@set -e; for task in mask mask+zoom_in mask+zoom_out mask+distort zoom_in zoom_out distort blur decolor; do \
-		case $$task in mask|mask+zoom_in) epochs=6;; *) epochs=1;; esac; \
-		$(PYTHON) beyond_masking.py --demo --task $$task --epochs $$epochs --out runs/beyond_demo/$$task; \
+		case $$task in mask|mask+zoom_in) steps=;; *) steps="--max_steps 100";; esac; \
+		$(PYTHON) beyond_masking.py --demo --task $$task $$steps --out runs/beyond_demo/$$task; \
 		echo "probing $$task ..."; \
 		$(PYTHON) -m eval.linear_probe --checkpoint runs/beyond_demo/$$task --data scenes --protocol ridge; \
 	done

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import beyond_masking
 import cae_v2
 import common
-from eval import linear_probe
+import mfm_mae
+from eval import detect, features, finetune, frequency, knn, linear_probe, robustness, segment
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,18 +19,18 @@ METHODS = ["cae_v2.py", "beyond_masking.py", "mfm_mae.py"]
 
 
 def test_every_flag_in_the_readme_exists():
-    known = {field.name for config in (cae_v2.Config, linear_probe.Config) for field in dataclasses.fields(config)}
+    scripts = (beyond_masking, cae_v2, mfm_mae, detect, features, finetune, frequency, knn, linear_probe, robustness, segment)
+    known = {field.name for script in scripts for field in dataclasses.fields(script.Config)}
     launchers = {"nproc_per_node"}
     named = set(re.findall(r"--([a-z_]+)", README))
     assert len(named) > 10 and named - known - launchers == set()
 
 
 def test_every_file_in_the_readme_exists():
-    later = {"beyond_masking.py", "mfm_mae.py"}  # announced as such
     made = {"preview.png", "log.jsonl", "encoder.safetensors", "last.pt", "eval.jsonl", "config.json"}
     named = set(re.findall(r"`([\w/]+\.(?:py|md|cff|png|jsonl|safetensors|pt|json))`", README))
     named |= set(re.findall(r"\]\(([\w/]+\.\w+)\)", README))
-    missing = {name for name in named - later - made if not (ROOT / name).exists()}
+    missing = {name for name in named - made if not (ROOT / name).exists()}
     assert len(named) > 5 and missing == set()
 
 
@@ -66,9 +68,26 @@ def test_the_python_snippet_runs(tmp_path):
     torch.testing.assert_close(names["vit"].norm(names["features"][1]), names["tokens"])
 
 
+@pytest.mark.parametrize("module, size, row", [
+    *((beyond_masking, size, "Beyond Masking") for size in ("vit_ti", "vit_s", "vit_b", "vit_l")),
+    *((mfm_mae, size, "MFM") for size in ("vit_ti", "vit_s", "vit_b", "vit_l", "vit_h"))])
+def test_decoders_and_costs_of_the_others(module, size, row, capsys, tmp_path):
+    """The second table of sizes, against the code and its dry run."""
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:]] for line in README.splitlines()
+             if line.startswith(f"| {row}: ")}
+    column = ["vit_ti", "vit_s", "vit_b", "vit_l", "vit_h"].index(size)
+    s = module.SIZES[size]
+    assert cells[f"{row}: decoder"][column] == f"{s['decoder_dim']} / {s['decoder_depth']} / {s['decoder_heads']}"
+    module.main(["--model", size, "--dry_run", "--out", str(tmp_path / "run")])
+    cost = re.search(r"cost +([\d.]+) GFLOP", capsys.readouterr().out)[1]
+    assert cost == next(values for name, values in cells.items() if "GFLOP" in name)[column]
+    assert s["num_heads"] == [3, 6, 12, 16, 16][column]
+
+
 def test_number_of_mistakes_in_the_readme():
-    from tests.test_cae_v2 import MISTAKES
-    assert f"{len(MISTAKES)} wrong lines" in README
+    from tests import test_beyond_masking, test_cae_v2, test_mfm_mae
+    count = sum(len(module.MISTAKES) for module in (test_beyond_masking, test_cae_v2, test_mfm_mae))
+    assert re.search(rf"{count}\s+wrong lines", README)
 
 
 @pytest.mark.parametrize("file", METHODS)
@@ -93,7 +112,7 @@ def test_importing_does_nothing_but_define(tmp_path):
     """Importing a method neither draws a number nor writes a file, and only teachers need open_clip."""
     import subprocess
     import sys
-    code = ("import torch; before = torch.get_rng_state(); import cae_v2, sys; "
+    code = ("import torch; before = torch.get_rng_state(); import beyond_masking, cae_v2, mfm_mae, sys; "
             "assert torch.equal(before, torch.get_rng_state()); assert 'open_clip' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
                    check=True)
