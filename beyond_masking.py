@@ -92,8 +92,8 @@ SIZES = {
                      decoder_heads=2),
 }
 
-DEMO = dict(model="vit_demo", data="scenes", img_size=28, patch_size=4, epochs=6, batch_size=64,
-            lr=2.8e-3, warmup_epochs=0.3, crop_min=1.0, workers=0, log_every=50)
+DEMO = dict(model="vit_demo", data="scenes", img_size=28, patch_size=4, epochs=4, batch_size=64,
+            lr=2e-3, warmup_epochs=0.3, crop_min=1.0, workers=0, log_every=50)
 
 
 @dataclass(frozen=True)
