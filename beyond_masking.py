@@ -424,6 +424,8 @@ class BeyondMasking(nn.Module):
                              f"{self.task} expects (B, 3, {size[0]}, {size[1]})")
         if (mask is not None) != hides(self.task):
             raise ValueError(f"the task {self.task} needs {'a' if mask is None else 'no'} mask")
+        if mask is not None and not bool(mask.any()):
+            raise ValueError("the mask hides no patch, so there is nothing to restore")
         with in_fp32(clean.device):
             view = degrade(self.task, clean, params)
         answer = self.answer(view, mask)  # (B, N, P*P*3)
@@ -578,16 +580,11 @@ def start_from(model, path):
         target, state = model.encoder, common.read_safetensors(path)
     else:
         target, state = model, common.read_weights(path, "model")
-    try:
+    with common.init_errors(path):
         if target is model and "decoder.positions" not in state:  # the authors save no tables
             load_official(model, state)
         else:
             target.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(f"--init {path}: {error}") from error
-    except RuntimeError as error:
-        message = f"--init {path} does not fit this model: {common.reason(error)}"
-        raise ValueError(message) from error
 
 
 def prepare(config, processes, init):

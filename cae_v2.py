@@ -674,16 +674,11 @@ def start_from(model, path):
         target, state = model.encoder, common.read_safetensors(path)
     else:
         target, state = model, common.read_weights(path, "model")
-    try:
+    with common.init_errors(path):
         if any(name.startswith("decoder.") for name in state):  # the authors' name of the head
             load_official(model, state)
         else:
             target.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(f"--init {path}: {error}") from error
-    except RuntimeError as error:
-        message = f"--init {path} does not fit this model: {common.reason(error)}"
-        raise ValueError(message) from error
 
 
 def prepare(config, processes, init):

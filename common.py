@@ -817,6 +817,17 @@ def reason(error):
     return str(error).splitlines()[1].strip()[:200]
 
 
+@contextlib.contextmanager
+def init_errors(path):
+    """Makes one sentence that names --init of what is wrong with the weights loaded within it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--init {path}: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"--init {path} does not fit this model: {reason(error)}") from error
+
+
 def read_safetensors(path):
     """A .safetensors file as a dict of tensors. Raises FileNotFoundError or ValueError."""
     if not os.path.isfile(path):

@@ -504,18 +504,13 @@ def start_from(model, path):
     else:
         state = common.read_weights(path, "state_dict", "model")
     state = our_names(state)
-    try:
+    with common.init_errors(path):
         if any(name.startswith("decoder") for name in state):
             load_official(model, state)
         else:
             model.encoder.load_state_dict(
                 {name.removeprefix("encoder."): tensor for name, tensor in state.items()})
             print(f"--init {path} holds an encoder alone: fusion and decoder start at random")
-    except ValueError as error:
-        raise ValueError(f"--init {path}: {error}") from error
-    except RuntimeError as error:
-        message = f"--init {path} does not fit this model: {common.reason(error)}"
-        raise ValueError(message) from error
 
 
 def prepare(config, processes, init):

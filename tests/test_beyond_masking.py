@@ -183,7 +183,9 @@ MISTAKES = [
     ("4 weights swapped", check_loss, IN, ("0.8 * centre + 0.2 * border", "0.2 * centre + 0.8 * border")),
     ("4 border counts hidden patches only", check_loss, IN,
      ("error, (h, w) = (image - target).square(), (side // 9 for side in size)",
-      "error, (h, w) = (image - target).square() * 0.75, (side // 9 for side in size)")),
+      "hidden = torch.zeros_like(answer).scatter(1, masked_ids[:, :, None].expand(-1, -1, answer.shape[2]), 1.0)\n"
+      "    hidden = area_resize(common.unpatchify(hidden, patch_size, grid), size)\n"
+      "    error, (h, w) = (image - target).square() * hidden / 0.75, (side // 9 for side in size)")),
     ("5 loss of the visible patches", check_loss, IN,
      ("common.split_ids(mask)[1].to(clean.device, non_blocking=True)  # (B, M)",
       "common.split_ids(mask)[0].to(clean.device, non_blocking=True)")),
@@ -199,6 +201,12 @@ MISTAKES = [
     ("7 mirror without the far edge", check_mirrors, "", ("2 * size - 1 - place", "2 * size - 2 - place")),
     ("7 left and top swapped", check_degraded, OUT,
      ('(2, params["top"]), (3, params["left"])', '(2, params["left"]), (3, params["top"])')),
+    ("7 offsets up to the whole margin", lambda m, _: check_draws(m), "",
+     ("torch.randint(rows, (batch,), generator=generator)", "torch.randint(rows + 1, (batch,), generator=generator)")),
+    ("7 one offset for both directions", lambda m, _: check_draws(m), "",
+     ("        return dict(left=torch.randint(columns, (batch,), generator=generator),  # [code] [D3]\n"
+      "                    top=torch.randint(rows, (batch,), generator=generator))",
+      "        left = torch.randint(columns, (batch,), generator=generator)\n        return dict(left=left, top=left)")),
     ("8 linear displacement", check_degraded, FISH, ("* towards.norm(dim=-1, keepdim=True) * towards", "* towards")),
     ("8 away from the centre", check_degraded, FISH, ("grid = q + magnitude", "grid = q - magnitude")),
     ("8 x and y swapped", check_degraded, FISH, ('indexing="xy"', 'indexing="ij"')),
@@ -220,6 +228,9 @@ MISTAKES = [
       'return rearrange((pixels - mean) / (std + 1e-6), "b n pq c -> b n (c pq)")')),
     ("13 tokens return in the wrong order", check_outputs, OUT,
      ("order = order.argsort(dim=1).to(", "order = order.to(")),
+    ("15 weights drawn to sum to one", lambda m, _: check_draws(m), "",
+     ("return dict(weights=uniform(0, 0.667, batch, 3))",
+      "w = uniform(0, 0.667, batch, 3); return dict(weights=w / w.sum(dim=1, keepdim=True))")),
     ("15 luma weights", check_degraded, GREY,
      ('clean * params["weights"][..., None, None]', "clean * clean.new_tensor([0.299, 0.587, 0.114])[:, None, None]")),
     ("15 weights that sum to one", check_degraded, GREY,
@@ -323,13 +334,14 @@ def test_blur_is_one_convolution_per_image():
     torch.testing.assert_close(each - ours, (rows["bias"] - params["bias"])[:, :, None, None].expand_as(ours), atol=1e-5, rtol=0)
 
 
-def test_the_draws_have_their_ranges_and_moments():
+def check_draws(module):
+    """The ranges and moments of what is drawn, and what is drawn for each task."""
     generator = torch.Generator().manual_seed(0)
-    draw = {task: beyond_masking.sample_params(task, 4000, generator) for task in TASKS}
+    draw = {task: module.sample_params(task, 4000, generator) for task in TASKS}
     for task in ("zoom_out", "mask+zoom_out"):
         assert {(int(x.min()), int(x.max())) for x in draw[task].values()} == {(0, 63)}
         assert not torch.equal(draw[task]["left"], draw[task]["top"])
-    small = beyond_masking.sample_params("zoom_out", 500, generator, img_size=(28, 42))
+    small = module.sample_params("zoom_out", 500, generator, img_size=(28, 42))
     assert small["top"].unique().tolist() == list(range(8)) and small["left"].unique().tolist() == list(range(12))
     centre, magnitude = draw["distort"]["centre"], draw["distort"]["magnitude"]
     assert centre.shape == (4000, 2) and -1 <= centre.min() < -0.99 and 0.99 < centre.max() <= 1
@@ -339,7 +351,12 @@ def test_the_draws_have_their_ranges_and_moments():
     assert bias.shape == (3,) and bias.abs().max() <= 147**-0.5
     weights = draw["decolor"]["weights"]
     assert 0 <= weights.min() and weights.max() <= 0.667 and weights.sum(dim=1).mean().item() == pytest.approx(1, abs=0.02)
+    assert weights.sum(dim=1).std() > 0.2 and weights.min() < 0.01 and weights.max() > 0.66
     assert [task for task in TASKS if not draw[task]] == ["mask", "zoom_in", "mask+zoom_in"]
+
+
+def test_the_draws_have_their_ranges_and_moments():
+    check_draws(beyond_masking)
 
 
 def test_the_same_generator_draws_the_same():
@@ -411,6 +428,8 @@ def test_what_does_not_fit_is_refused():
         model(clean, params)
     with pytest.raises(ValueError, match=r"expects \(B, 3, 27, 27\)"):
         model(clean[..., :21, :21], params, mask)
+    with pytest.raises(ValueError, match="hides no patch"):
+        model(clean, params, torch.zeros_like(mask))
     with pytest.raises(ValueError, match="needs no mask"):
         beyond_masking.BeyondMasking("zoom_in", **SMALL)(clean, params, mask)
 
