@@ -53,7 +53,7 @@ from tqdm import tqdm
 import common
 from common import flag
 from eval.protocol import (CentreViews, append_result, centre_view, check_classes, open_checkpoint,
-                           sha256)
+                           random_encoder, sha256)
 
 # ------------------------------------------------------------------------------------------------------------
 # Recipes: `lr` is absolute, `base_lr` is per 256 images
@@ -94,6 +94,7 @@ class Config:
     recipe: typing.Literal[("auto", *RECIPES)] = flag("auto", "whose recipe; auto: what the checkpoint names")
     fraction: float = flag(1.0, "share of the training images of each class [D8]")
     list: str = flag("", "text file that names the training images, one a line (CLASS/FILE or FILE)")
+    random_init: bool = flag(False, "random weights in an encoder of that shape: the floor")
     out: str = flag("", "folder of the run (default: runs/finetune_NAME)")
     img_size: int = flag(0, "pixels of the image's side (default: the encoder's own)")
     num_heads: int = flag(0, "heads of the encoder (default: what the file says, else the usual)")
@@ -553,6 +554,8 @@ def run_or_resume(config, processes, started):
     path, vit = open_checkpoint(config)
     config, row, origin = with_recipe(config, path, vit)
     name = path.parent.name if path.name in ("encoder.safetensors", "last.pt") else path.stem
+    if config.random_init:
+        vit, name = random_encoder(vit, config.seed), name + "_random"
     run = common.Run("finetune", config, config.out or f"runs/finetune_{name}", kind="finetuning")
     digest = sha256(path)
     if run.state and run.state["encoder_sha256"] != digest:
@@ -566,8 +569,9 @@ def run_or_resume(config, processes, started):
     facts = train(config, run, processes, vit, digest)
     if processes.main and facts:
         append_result("finetune", path, vit, config, started, **facts, recipe=row, run=str(run.folder),
-                      seed=config.seed, device=str(processes.device))
-        print(f"fine-tuned on {facts['train_images']:,} images: {facts['accuracy']:.2f} %, top 5 "
+                      random_init=config.random_init, seed=config.seed, device=str(processes.device))
+        print(f"{'trained from random weights' if config.random_init else 'fine-tuned'} on "
+              f"{facts['train_images']:,} images: {facts['accuracy']:.2f} %, top 5 "
               f"{facts['top5']:.2f} %")
 
 

@@ -678,6 +678,20 @@ def test_an_encoder_without_class_token_and_another_size(tmp_path, data):
     assert load_classifier(tmp_path / "run")[0].encoder.img_size == (24, 24)
 
 
+def test_random_init_is_the_floor(tmp_path, data, encoder, monkeypatch):
+    """The same shape, weights of the seed, a folder of its own, and said in the result line."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(encoder.parent, "own")
+    still = "--epochs=1 --lr=1e-12 --min_lr=0 --weight_decay=0 --ema=0 --random_init --seed=5".split()
+    assert call("--checkpoint", "own", "--data", data, *FLAGS, *still, main=main) == 0
+    after = load(tmp_path / "runs" / "finetune_own_random")["model"]
+    torch.manual_seed(5)
+    for name, value in common.ViT(**load_encoder("own").config).state_dict().items():
+        torch.testing.assert_close(after[f"encoder.{name}"], value, atol=1e-7, rtol=0)
+    record = json.loads(Path("own/eval.jsonl").read_text().splitlines()[-1])
+    assert record["random_init"] is True
+
+
 def test_two_processes_are_one(tmp_path, data, encoder):
     """Without what is drawn per micro batch. And the script runs under torchrun."""
     more = "--mixup=0 --cutmix=0 --drop_path=0 --epochs=1".split()
