@@ -63,7 +63,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 import common
 from common import flag
-from eval.protocol import append_result, check_classes, open_checkpoint
+from eval.protocol import append_result, check_classes, layer_groups, open_checkpoint
 
 BICUBIC, NEAREST = TF.InterpolationMode.BICUBIC, TF.InterpolationMode.NEAREST
 MEAN_COLOUR = tuple(round(255 * value) for value in common.IMAGENET_MEAN)  # of padding: 0 once normalised
@@ -417,28 +417,6 @@ def learning_rate(step, peak, warmup_steps, total_steps):
     return peak * 0.1 ** ((step >= round(total_steps * 8 / 9)) + (step >= round(total_steps * 26 / 27)))
 
 
-def layer_scales(model, decay):
-    """{parameter name: factor on its learning rate}, decay^(depth + 1 - id): id is 0 for the patch embedding,
-    i + 1 for block i, depth + 1 for all that follows."""
-    depth, ids = len(model.encoder.blocks), {}
-    for name, _ in model.named_parameters():
-        part, *rest = name.removeprefix("backbone.vit.").split(".")
-        ids[name] = {"patch_embed": 0, "pos_embed": 0, "cls_token": 0}.get(part, depth + 1)
-        if part == "blocks":
-            ids[name] = int(rest[0]) + 1
-    return {name: decay ** (depth + 1 - place) for name, place in ids.items()}
-
-
-def parameter_groups(model, weight_decay, layer_decay):
-    """AdamW's groups of the trainable parameters, by weight decay and by the factor "scale" on the lr."""
-    groups, scales = {}, layer_scales(model, layer_decay)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = dict(scale=scales[name], weight_decay=weight_decay * common.decays(name, parameter))
-            groups.setdefault(tuple(kind.values()), dict(kind, params=[]))["params"].append(parameter)
-    return list(groups.values())
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -555,7 +533,8 @@ def train(config, run, processes, started):
     model.to(device)
     if common.uses_compile(device, config.compile):
         model.backbone.compile()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay, config.layer_decay), config.lr)
+    groups = layer_groups(model, vit, config.weight_decay, config.layer_decay)
+    optimizer = torch.optim.AdamW(groups, config.lr)
     start = run.begin(processes, plan, model, optimizer, len(images))
     parallel = model if processes.world == 1 else nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True)
@@ -568,7 +547,7 @@ def train(config, run, processes, started):
     for step in range(start, run.stop):
         lr = learning_rate(step, config.lr, warmup_steps, plan.total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr * group["lr_scale"]
 
         for micro in range(plan.accumulation):
             inputs, targets = to_device(run.next_batch(batches), device)

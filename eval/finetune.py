@@ -52,8 +52,8 @@ from tqdm import tqdm
 
 import common
 from common import flag
-from eval.protocol import (CentreViews, append_result, centre_view, check_classes, open_checkpoint,
-                           random_encoder, sha256)
+from eval.protocol import (CentreViews, append_result, centre_view, check_classes, layer_groups,
+                           open_checkpoint, random_encoder, sha256)
 
 # ------------------------------------------------------------------------------------------------------------
 # Recipes: `lr` is absolute, `base_lr` is per 256 images
@@ -404,23 +404,6 @@ def measured(folder):
 # Train
 
 
-def layer_groups(model, weight_decay, layer_decay):
-    """AdamW groups with `lr_scale` = layer_decay^(depth + 1 - id): id 0 for what comes before the blocks, i+1
-    for block i, depth+1 for what comes after. Vectors, biases, class token and positions do not decay."""
-    depth, groups = len(model.encoder.blocks), {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, *rest = name.removeprefix("encoder.").split(".")
-        first = part in ("cls_token", "pos_embed", "patch_embed")
-        layer = int(rest[0]) + 1 if part == "blocks" else 0 if first else depth + 1
-        decays = common.decays(name, parameter) and part not in ("cls_token", "pos_embed")
-        scale, decay = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
-        group = groups.setdefault((scale, decays), dict(params=[], lr_scale=scale, weight_decay=decay))
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
 def preview(path, samples, mix, size):
     """Draws the first training images as rows: centre view | augmented | augmented and mixed."""
     plain = common.Samples(samples.images, lambda image, label: (centre_view(image, size), label), seed=0)
@@ -451,7 +434,7 @@ def train(config, run, processes, vit, digest):
         ema.load_state_dict(run.state["ema"])
     if common.uses_compile(device, config.compile):
         common.compile_blocks(vit.blocks)
-    groups = layer_groups(model, config.weight_decay, config.layer_decay)
+    groups = layer_groups(model, model.encoder, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     if processes.main:
         describe(config, model, plan, processes, images, val, run.folder)

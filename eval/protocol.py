@@ -170,6 +170,24 @@ def check_classes(train, val):
                          f"{' ...' if len(only) > 3 else ''}")
 
 
+def layer_groups(model, encoder, weight_decay, layer_decay):
+    """AdamW's groups of a model's trainable parameters, each with the share `lr_scale` of the learning rate
+    that it gets: layer_decay^(depth + 1 - id), where id is 0 for what comes before the encoder's blocks, i + 1
+    for block i, depth + 1 for what comes after. Vectors, class token and positions have no weight decay."""
+    depth, groups, ids = len(encoder.blocks), {}, {}
+    for name, parameter in encoder.named_parameters():
+        part, *rest = name.split(".")
+        first = part in ("cls_token", "pos_embed", "patch_embed")
+        ids[parameter] = int(rest[0]) + 1 if part == "blocks" else 0 if first else depth + 1
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = layer_decay ** (depth + 1 - ids.get(parameter, depth + 1))
+            decays = common.decays(name, parameter) and not name.endswith(("cls_token", "pos_embed"))
+            group = dict(params=[], lr_scale=scale, weight_decay=weight_decay * decays)
+            groups.setdefault((scale, decays), group)["params"].append(parameter)
+    return list(groups.values())
+
+
 def sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:

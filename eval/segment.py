@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import common
 from common import flag
-from eval.protocol import EvalConfig, append_result, open_checkpoint, random_encoder
+from eval.protocol import EvalConfig, append_result, layer_groups, open_checkpoint, random_encoder
 
 IGNORE = 255  # in label maps, once read: no class, no loss, no score
 RECIPES = {
@@ -497,21 +497,6 @@ def report(model, config, folder, path, processes, started):
 # Train
 
 
-def layer_groups(model, decay, weight_decay):
-    """AdamW groups with a `scale` for the learning rate: 1 in the head, decay^(depth + 1 - id) in the
-    encoder, where id is i + 1 for block i and 0 for patch projection and class token [code]."""
-    depth, groups = len(model.encoder.blocks), {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            words, layer = name.split("."), depth + 1
-            if words[0] == "encoder":
-                layer = int(words[2]) + 1 if words[1] == "blocks" else 0
-            decays = common.decays(name, parameter) and words[1] != "cls_token"  # [D6]
-            group = dict(params=[], scale=decay ** (depth + 1 - layer), weight_decay=weight_decay * decays)
-            groups.setdefault((layer, decays), group)["params"].append(parameter)
-    return list(groups.values())
-
-
 def learning_rate(step, config):
     """Poly schedule of power 1 down to 0, times a linear warm-up from 1e-6 [code] [D6]."""
     warmup = min(1.0, 1e-6 + (1 - 1e-6) * step / max(config.warmup_steps, 1))
@@ -556,7 +541,7 @@ def train(encoder, data, config, run, processes):
     model = Segmenter(encoder, config, norm).to(device)
     if norm == "batch":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    groups = layer_groups(model, config.layer_decay, config.weight_decay)
+    groups = layer_groups(model, encoder, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     if processes.main:
         describe(config, model, plan, processes, data, val, run.folder, norm)
@@ -570,7 +555,7 @@ def train(encoder, data, config, run, processes):
     for step in range(start, run.stop):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr * group["lr_scale"]
 
         for micro in range(plan.accumulation):
             images, labels = (x.to(device, non_blocking=True) for x in run.next_batch(batches))

@@ -26,6 +26,7 @@ import common
 from demo.scenes import CLASSES, SEEDS, make_scenes, run_lengths, write_coco
 from eval import detect
 from eval.encoders import export
+from eval.protocol import layer_groups
 from helpers import call, differences, finish, load, read_log, start
 
 try:
@@ -530,21 +531,21 @@ def test_learning_rate_is_the_authors():
 def test_layer_decay_and_weight_decay():
     vit = tiny_vit(depth=12)
     model = detect.Detector(vit, 3, config(global_blocks=4))
-    scales = detect.layer_scales(model, 0.75)
+    groups = layer_groups(model, vit, 0.1, 0.75)
+    assert len(groups) == 2 * 14
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
+             for group in groups for parameter in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scales = {name: scale for name, (scale, _) in found.items()}
     assert scales["backbone.vit.patch_embed.proj.weight"] == pytest.approx(0.75**13)
     assert scales["backbone.vit.blocks.0.norm1.weight"] == pytest.approx(0.75**12)
     assert scales["backbone.vit.blocks.11.mlp.fc2.bias"] == pytest.approx(0.75)
     assert {scales[name] for name in scales if not name.startswith("backbone.vit.")} == {1}
     assert scales["backbone.vit.norm.weight"] == 1
-    groups = detect.parameter_groups(model, 0.1, 0.75)
-    assert len(groups) == 2 * 14
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)]: (group["scale"], group["weight_decay"])
-             for group in groups for parameter in group["params"]}
-    assert len(found) == sum(len(group["params"]) for group in groups)
-    assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, (scale, decay) in found.items():
-        assert scale == scales[name] and (decay == 0.1) == (dict(model.named_parameters())[name].ndim > 1)
+    for name, parameter in model.named_parameters():
+        assert name not in found or (found[name][1] == 0.1) == (parameter.ndim > 1)
 
 
 def test_the_recipe_is_the_authors():
@@ -600,7 +601,7 @@ def test_a_run_writes_what_it_says(unbroken, scenes, encoder):
     assert (state["kind"], state["method"], state["step"]) == ("detection", "detect", 5)
     assert state["classes"] == list(CLASSES) and state["encoder"]["img_size"] == [32, 32]
     assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx(
-        [1e-3 * group["scale"] for group in state["optimizer"]["param_groups"]])
+        [1e-3 * group["lr_scale"] for group in state["optimizer"]["param_groups"]])
     assert Image.open(out / "preview.png").size == (5 * 258 + 2, 2 * 258 + 2)
     assert record["kind"] == "detect" and record["checkpoint"] == str(encoder) and record["step"] == 5
     assert record["val_images"] == 5 and not record["random_init"] and 0 <= record["box_ap"] <= 100

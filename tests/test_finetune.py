@@ -29,9 +29,10 @@ from torchvision.transforms import InterpolationMode, v2
 import common
 from eval import finetune
 from eval.encoders import load_encoder
-from eval.finetune import (RECIPES, Augment, Classifier, Config, build, evaluate, layer_groups, listed,
-                           load_classifier, low_shot, main, make_mix, measured, predictions,
-                           relative_positions, with_recipe)
+from eval.finetune import (RECIPES, Augment, Classifier, Config, build, evaluate, listed, load_classifier,
+                           low_shot, main, make_mix, measured, predictions, relative_positions,
+                           with_recipe)
+from eval.protocol import layer_groups
 from helpers import call, differences, finish, load, start
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -233,7 +234,7 @@ def test_every_trained_parameter_gets_a_gradient(pool, cls):
 
 
 def scales(model, layer_decay, weight_decay=0.05):
-    groups = layer_groups(model, weight_decay, layer_decay)
+    groups = layer_groups(model, model.encoder, weight_decay, layer_decay)
     of = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(of) == sum(len(group["params"]) for group in groups)
     return {name: of[id(p)] for name, p in model.named_parameters() if id(p) in of}

@@ -17,9 +17,10 @@ import common
 from eval import segment
 from eval.encoders import export
 from eval.segment import (IGNORE, Augment, Config, LabelMaps, Segmenter, UPerNet, Views, confusion_matrix,
-                          distort, evaluate, find_maps, layer_groups, learning_rate, main, norm_layer,
-                          overlay, pad, palette, pixel_loss, predict, scaled_size, scores, slide,
+                          distort, evaluate, find_maps, learning_rate, main, norm_layer, overlay,
+                          pad, palette, pixel_loss, predict, scaled_size, scores, slide,
                           tap_blocks, to_labels, window_starts, with_recipe)
+from eval.protocol import layer_groups
 from helpers import call, differences, finish, load, read_log, start
 
 CPU = torch.device("cpu")
@@ -314,10 +315,10 @@ def test_layer_decay_is_timms():
         expected |= {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for p in group["params"]}
     model = Segmenter(tiny(), config(), "group")
     names, found = {id(p): name for name, p in model.named_parameters()}, {}
-    for group in layer_groups(model, 0.5, 0.05):
+    for group in layer_groups(model, model.encoder, 0.05, 0.5):
         for parameter in group["params"]:
             assert names[id(parameter)] not in found
-            found[names[id(parameter)]] = (group["scale"], group["weight_decay"])
+            found[names[id(parameter)]] = (group["lr_scale"], group["weight_decay"])
     for name in expected:
         if name.split(".")[0] in ("blocks", "patch_embed", "cls_token"):
             assert found[f"encoder.{name}"] == expected[name], name
@@ -565,8 +566,8 @@ def test_a_run_writes_model_encoder_result_and_pictures(trained, encoder, maps):
     assert state["config"]["layer_decay"] == 0.65 and state["config"]["num_classes"] == 3  # resolved
     last = learning_rate(5, Config(**state["config"]))
     groups = state["optimizer"]["param_groups"]
-    assert {round(group["scale"], 6) for group in groups} == {round(0.65**power, 6) for power in range(6)}
-    assert all(group["lr"] == pytest.approx(last * group["scale"]) for group in groups)
+    assert {round(group["lr_scale"], 6) for group in groups} == {round(0.65**power, 6) for power in range(6)}
+    assert all(group["lr"] == pytest.approx(last * group["lr_scale"]) for group in groups)
     line = next(line for line in results(encoder.parent) if line["data"] == str(maps))
     assert line["kind"] == "segment" and line["protocol"] == "upernet" and line["val_images"] == 8
     assert len(line["iou"]) == 3 and 0 < line["miou"] <= line["aacc"] < 100
