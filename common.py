@@ -29,6 +29,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import typing
@@ -838,6 +839,15 @@ def read_safetensors(path):
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
 
 
+def commit():
+    """The commit of this file's folder, such as 84e6c24 or 84e6c24-dirty; None where git knows none."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 # What may differ when the same command starts again; any other changed field stops.
 MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "max_steps",
               "out", "demo", "fresh", "preview", "dry_run"}
@@ -889,7 +899,7 @@ class Run:
         if processes.main:
             facts = dict(dataclasses.asdict(self.config), **dataclasses.asdict(plan),
                          method=self.method, world=processes.world, num_images=num_images,
-                         torch=torch.__version__, command=" ".join(sys.argv))
+                         torch=torch.__version__, commit=commit(), command=" ".join(sys.argv))
             write_atomically(self.folder / "config.json",
                              lambda path: path.write_text(json.dumps(facts, indent=1)))
             self._trim_log()

@@ -241,7 +241,7 @@ def train(config, vit, pool, probes, images, run, processes, digest):
         raise ValueError(f"the checkpoint has changed since the run in {run.folder} started: give --fresh, "
                          "or another --out, for a new run")
     peaks = [rate * plan.batch_size / 256 for rate in config.base_rates]
-    optimizer = Lars([dict(params=probe.parameters(), lr=peak) for probe, peak in zip(probes, peaks)], lr=0.0)
+    optimizer = Lars([dict(params=probe.parameters()) for probe in probes], lr=0.0)
     if processes.main:
         describe(config, plan, pool, images, peaks, processes, run.folder)
     start = run.begin(processes, plan, probes, optimizer, len(images))

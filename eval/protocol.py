@@ -205,7 +205,7 @@ def append_result(kind, checkpoint, vit, config, started, **facts):
         view="torchvision uint8, bicubic antialias", seconds=round(time.perf_counter() - started, 1),
         torch=torch.__version__, torchvision=torchvision.__version__, pillow=PIL.__version__,
         processes=int(os.environ.get("WORLD_SIZE", 1)), flags=dataclasses.asdict(config),
-        command=" ".join(sys.argv))
+        commit=common.commit(), command=" ".join(sys.argv))
     log = checkpoint.parent / "eval.jsonl"
     with open(log, "a") as file:
         file.write(json.dumps(record) + "\n")

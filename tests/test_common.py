@@ -6,7 +6,9 @@ import json
 import math
 import os
 import pickle
+import shutil
 import stat
+import subprocess
 import sys
 import typing
 
@@ -914,6 +916,28 @@ def test_the_namespace_in_published_checkpoints_is_allowed(tmp_path):
 
 
 # -- 8  pictures
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert common.commit() is None
+
+    def git(*words):
+        identity = ("-c", "user.name=x", "-c", "user.email=x")
+        done = subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "common.py").write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    assert common.commit() == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "common.py").write_text("2")
+    assert common.commit().endswith("-dirty")
+    monkeypatch.setenv("PATH", "")
+    assert common.commit() is None
 
 
 def test_colour_map_goes_from_dark_to_light(tmp_path):

@@ -168,7 +168,7 @@ def test_a_result_can_be_repeated(tmp_path, capsys, monkeypatch):
     assert first["sha256"] == hashlib.sha256((tmp_path / "encoder.safetensors").read_bytes()).hexdigest()
     assert first["flags"] == dataclasses.asdict(config(seed=4)) and first["encoder"] == tiny().config
     assert first["torch"] == torch.__version__ and first["torchvision"] and first["pillow"]
-    assert first["command"] and first["processes"] == 3
+    assert first["commit"] == common.commit() and first["command"] and first["processes"] == 3
 
 
 def test_workers_are_a_share_of_the_cores(monkeypatch):

@@ -606,7 +606,7 @@ def test_everything_written_can_be_read_by_others(unbroken):
         8,
         600,
     )
-    assert config["lr"] == 1e-3 and config["teacher"] == "demo" and "command" in config
+    assert config["lr"] == 1e-3 and config["teacher"] == "demo" and "command" in config and "commit" in config
     lines = read_log(unbroken)
     assert [line["step"] for line in lines] == list(range(1, STOP + 1))
     assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "eta_s"} <= set(lines[0])
