@@ -440,6 +440,17 @@ def test_ridge_in_pieces_is_ridge_at_once():
         torch.testing.assert_close(piece, whole, rtol=1e-9, atol=1e-12)
 
 
+def test_ridge_of_two_processes_is_that_of_all_images():
+    """Every sum is taken over both before anything is solved."""
+    x, labels, (mine, yours) = some_batches([70, 53])
+    sums = []
+    fit_ridge([yours], 4, total=lambda part: (sums.append(part), part)[1])
+    theirs = iter(sums)
+    both = fit_ridge([mine], 4, total=lambda part: part + next(theirs))
+    for ours, whole in zip(both, fit_ridge([(x, labels)], 4)):
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_ridge_with_a_dead_feature_and_an_absent_class():
     x, labels, _ = some_batches([100])
     x[:, 2] = 1.5
