@@ -94,6 +94,12 @@ def read_log(folder):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def numbers(folder):
+    """What the log says about learning, line by line: without speed and memory."""
+    machine = {"images_per_s", "data_wait", "memory_gb", "eta_s"}
+    return [{name: line[name] for name in line.keys() - machine} for line in read_log(folder)]
+
+
 def load(folder):
     """last.pt, by torch's default loader, which takes plain data only."""
     return torch.load(Path(folder) / "last.pt")
@@ -110,6 +116,15 @@ def differences(left, right, path=""):
     else:
         return [] if left == right else [path]
     return [place for name, a, b in pairs for place in differences(a, b, f"{path}/{name}")]
+
+
+def assert_same_run(ours, theirs):
+    """Checkpoint, exported encoder and log of two runs are equal bit for bit; flags may differ."""
+    left, right = ({**load(folder), "config": None} for folder in (ours, theirs))
+    assert differences(left, right) == []
+    assert numbers(ours) == numbers(theirs)
+    files = [folder / "encoder.safetensors" for folder in (ours, theirs)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def teacher_file(folder, name="test_clip", embed_dim=24, quick_gelu=False, **vision):

@@ -13,8 +13,8 @@ from eval import features
 from eval.encoders import export
 from eval.features import Config, main
 from eval.protocol import centre_view
-from tests.helpers import call, finish, start, write_images
-from tests.test_linear_probe import ONE, coloured, tiny
+from helpers import call, finish, start, write_images
+from test_linear_probe import ONE, coloured, tiny
 
 
 def read(path):

@@ -33,7 +33,7 @@ from eval.finetune import (RECIPES, Augment, Classifier, Config, build, evaluate
                            low_shot, main, make_mix, measured, predictions, relative_positions,
                            with_recipe)
 from eval.protocol import layer_groups
-from helpers import call, differences, finish, load, start
+from helpers import assert_same_run, call, differences, finish, load, numbers, start
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -535,19 +535,6 @@ def tune(data, encoder, out, *more):
     return call("--checkpoint", encoder, "--data", data, "--out", out, *FLAGS, *more, main=main)
 
 
-def numbers(out):
-    names = ("step", "epoch", "loss", "lr", "grad_norm", "accuracy", "top5")
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in names if name in line} for line in lines]
-
-
-def assert_same(out, unbroken):
-    ours, theirs = load(out), load(unbroken)
-    for part in ("step", "model", "optimizer", "ema", "classes", "encoder", "encoder_sha256"):
-        assert differences(ours[part], theirs[part]) == [], part
-    assert numbers(out) == numbers(unbroken)
-
-
 def test_what_a_run_writes(unbroken, encoder, data):
     state = load(unbroken)
     assert (state["kind"], state["step"], state["classes"]) == ("finetuning", 9, ["blue", "green", "red"])
@@ -589,7 +576,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, data, encoder, unbroken, st
         assert tune(data, encoder, tmp_path / "run", f"--max_steps={stop}") == 0
         assert load(tmp_path / "run")["step"] == stop
     assert tune(data, encoder, tmp_path / "run", "--save_every=2") == 0
-    assert_same(tmp_path / "run", unbroken)
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 def test_each_micro_batch_of_each_step_draws_anew(tmp_path, data, encoder, monkeypatch):
@@ -623,11 +610,11 @@ def test_a_run_killed_before_its_test_is_tested(tmp_path, data, encoder, unbroke
         monkeypatch.undo()
         assert load(out)["step"] == 3 * epochs and 3 * epochs not in measured(out)
         assert tune(data, encoder, out) == 0
-        assert_same(out, unbroken)
+        assert_same_run(out, unbroken)
         capsys.readouterr()
         assert tune(data, encoder, out) == 0
         assert "is finished, step 9" in capsys.readouterr().out
-        assert_same(out, unbroken)
+        assert_same_run(out, unbroken)
 
 
 def test_eval_only_gives_the_runs_number(data, encoder, unbroken, capsys):

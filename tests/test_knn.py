@@ -12,8 +12,8 @@ from eval import knn
 from eval.encoders import export
 from eval.knn import Config, main, nearest, vote
 from eval.protocol import random_encoder
-from tests.helpers import call, differences, finish, start
-from tests.test_linear_probe import ONE, coloured, tiny, write_folder
+from helpers import call, differences, finish, start
+from test_linear_probe import ONE, coloured, tiny, write_folder
 
 
 def brute_force(queries, bank, labels, num_classes, k):

@@ -24,7 +24,7 @@ from eval.encoders import export
 from eval.linear_probe import AttentivePool, Config, CropAndFlip, Lars, Probe, main, random_box
 from eval.protocol import random_encoder
 from eval.ridge import count_right, extract, fit_ridge, ridge_probe
-from tests.helpers import call, differences, finish, load, read_log, start
+from helpers import call, differences, finish, load, read_log, start
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2)

@@ -12,7 +12,7 @@ import common
 from eval.encoders import export
 from eval.protocol import (EvalConfig, append_result, centre_view, check_classes, check_pool, frozen_tokens,
                            gather, open_checkpoint, pool_tokens, random_encoder)
-from tests.helpers import write_images
+from helpers import write_images
 
 TINY = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2)
 ONE = common.Processes(0, 1, torch.device("cpu"))

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 import cae_v2
 import common
 from eval import linear_probe
-from helpers import TINY, call, differences, finish, load, read_log, start, teacher_file, write_images
+from helpers import (TINY, assert_same_run, call, differences, finish, load, numbers, read_log, start,
+                     teacher_file, write_images)
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "cae_v2.pt")["cases"]
 # Stochastic depth is on: it is the one draw that the training process itself makes.
@@ -41,22 +42,6 @@ def unbroken(data, tmp_path_factory):
 
 def weights(out):
     return load(out)["model"]
-
-
-def numbers(out):
-    """What the log says about learning, per step; speed and memory may differ."""
-    names = ("step", "epoch", "loss", "cls", "visible", "masked", "lr", "grad_norm", "skipped")
-    return [{name: line[name] for name in names if name in line} for line in read_log(out)]
-
-
-def assert_same_run(out, unbroken):
-    """Weights, optimiser, exported encoder and log are those of the undisturbed run, bit for bit."""
-    ours, theirs = load(out), load(unbroken)
-    assert ours["step"] == theirs["step"] == STOP
-    assert differences(ours["model"], theirs["model"]) == []
-    assert differences(ours["optimizer"], theirs["optimizer"]) == []
-    assert numbers(out) == numbers(unbroken)
-    assert (out / "encoder.safetensors").read_bytes() == (unbroken / "encoder.safetensors").read_bytes()
 
 
 class Interrupt(Exception):

@@ -19,7 +19,8 @@ import common
 import mfm_mae
 from eval import linear_probe
 from eval.encoders import load_encoder
-from helpers import call, differences, finish, load, read_log, start, write_images
+from helpers import (assert_same_run, call, differences, finish, load, numbers, read_log, start,
+                     write_images)
 
 # 16 patches of 8 pixels, and 3 steps an epoch on 24 images.
 TINY = ("--model=vit_demo --img_size=32 --patch_size=8 --embed_dim=32 --depth=3 --num_heads=2 --decoder_dim=16 "
@@ -44,21 +45,6 @@ def unbroken(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
     assert run_mfm(*LONG, "--data", data, "--out", out, "--max_steps", STOP) == 0
     return out
-
-
-def numbers(out):
-    """What the log says about learning, per step; speed and memory may differ."""
-    return [{name: value for name, value in line.items() if name in ("step", "epoch", "loss", "lr", "grad_norm")
-             or name.startswith("weight_")} for line in read_log(out)]
-
-
-def assert_same_run(out, unbroken):
-    ours, theirs = load(out), load(unbroken)
-    assert ours["step"] == theirs["step"] == STOP
-    assert differences(ours["model"], theirs["model"]) == []
-    assert differences(ours["optimizer"], theirs["optimizer"]) == []
-    assert numbers(out) == numbers(unbroken)
-    assert (out / "encoder.safetensors").read_bytes() == (unbroken / "encoder.safetensors").read_bytes()
 
 
 # -- learning
