@@ -594,6 +594,27 @@ def test_each_micro_batch_of_each_step_draws_anew(tmp_path, data, encoder, monke
     assert seeds == expected and len(set(seeds)) == 6
 
 
+def test_steps_train_in_train_mode_with_smoothing_and_tests_see_the_average(tmp_path, data, encoder, monkeypatch):
+    modes, tested, given = set(), [], {}
+    forward, measure, criterion = Classifier.forward, evaluate, nn.CrossEntropyLoss
+
+    def spy(self, images):
+        modes.add((torch.is_grad_enabled(), self.training))
+        return forward(self, images)
+
+    monkeypatch.setattr(Classifier, "forward", spy)
+    monkeypatch.setattr(finetune, "evaluate", lambda model, *rest: (
+        tested.append(model.head.weight.clone()), measure(model, *rest))[1])
+    monkeypatch.setattr(nn, "CrossEntropyLoss", lambda **words: (given.update(words), criterion(**words))[1])
+    for ema in ("0", "0.9"):
+        tested.clear()
+        assert tune(data, encoder, tmp_path / "run", "--epochs=2", "--smoothing=0.15", "--ema", ema, "--fresh") == 0
+        assert modes == {(True, True), (False, False)} and given == dict(label_smoothing=0.15)
+    state = load(tmp_path / "run-2")
+    assert torch.equal(tested[-1], state["ema"]["module.head.weight"]) and len(tested) == 2
+    assert not torch.equal(tested[-1], state["model"]["head.weight"])
+
+
 def test_a_run_killed_before_its_test_is_tested(tmp_path, data, encoder, unbroken, monkeypatch, capsys):
     class Killed(Exception):
         pass
