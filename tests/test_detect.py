@@ -150,26 +150,45 @@ def test_masks_are_measured_by_themselves_and_crowds_cost_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+def perfect(model, images, indices, config, device):
+    """In place of `detect`: the truth with masks of 0.7 in 0..1, and a wrong guess that is less sure."""
+    for index in indices:
+        target = images[index][1]
+        n, masks = len(target["labels"]), target["masks"][:, None]
+        yield target, dict(
+            boxes=torch.cat([target["boxes"], torch.tensor([[0.0, 0, 2, 2]])]),
+            labels=torch.cat([target["labels"], torch.tensor([1])]),
+            scores=torch.tensor([0.7] * n + [0.2]),
+            masks=torch.cat([0.7 * masks + 0.3 * (1 - masks), torch.zeros(1, *masks.shape[1:])]))
+
+
 @needs_coco
 def test_what_is_true_scores_100(tmp_path, scenes, monkeypatch):
     """The whole way from a target to the AP, with category ids that have gaps and annotations from number 0."""
     write_set(tmp_path, "val")
+    monkeypatch.setattr(detect, "detect", perfect)
     for folder in (tmp_path, scenes):
-        images = detect.CocoImages(folder, "val")
-        def perfect(model, images, indices, config, device):
-            """The truth with masks of 0.7 in 0..1, and a wrong guess that is less sure."""
-            for index in indices:
-                target = images[index][1]
-                n, masks = len(target["labels"]), target["masks"][:, None]
-                yield target, dict(
-                    boxes=torch.cat([target["boxes"], torch.tensor([[0.0, 0, 2, 2]])]),
-                    labels=torch.cat([target["labels"], torch.tensor([1])]),
-                    scores=torch.tensor([0.7] * n + [0.2]),
-                    masks=torch.cat([0.7 * masks + 0.3 * (1 - masks), torch.zeros(1, *masks.shape[1:])]))
-
-        monkeypatch.setattr(detect, "detect", perfect)
-        ap = detect.evaluate(None, images, config(), ONE)
+        ap = detect.evaluate(None, detect.CocoImages(folder, "val"), config(), ONE)
         assert ap["box_ap"] == pytest.approx(100) and ap["mask_ap"] == pytest.approx(100)
+
+
+@needs_coco
+def test_each_process_detects_in_its_share_and_all_shares_are_measured(scenes, monkeypatch):
+    images, shares = detect.CocoImages(scenes, "val"), []
+
+    def recorded(model, images, indices, *rest):
+        shares.append(list(indices))
+        return perfect(model, images, indices, *rest)
+
+    def gather(parts, mine):
+        other = perfect(None, images, range(1, 5, 2), None, None)
+        parts[:] = mine, [one for seen in other for one in detect.coco_results(*seen, images.category_ids)]
+
+    monkeypatch.setattr(detect, "detect", recorded)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    ap = detect.evaluate(None, images, config(), common.Processes(0, 2, CPU))
+    assert shares == [[0, 2, 4]] and ap["box_ap"] == pytest.approx(100)
+    assert detect.evaluate(None, images, config(), common.Processes(1, 2, CPU)) is None
 
 
 # -- data
@@ -617,6 +636,29 @@ def test_training_moves_the_encoder_and_the_heads(unbroken, scenes, encoder, tmp
     assert run(encoder, scenes, "--random_init", "--seed", 5, "--out", tmp_path / "r", "--max_steps", 1) == 0
     random = load(tmp_path / "r")["model"]["backbone.vit.blocks.0.attn.qkv.weight"]
     assert (random - before["blocks.0.attn.qkv.weight"]).abs().mean() > 0.05
+
+
+@needs_coco
+def test_each_micro_batch_draws_anew_and_gradients_are_clipped(scenes, encoder, tmp_path, monkeypatch):
+    seeds, norms = [], []
+    forward, update = detect.Detector.forward, common.Run.update
+
+    def spy(self, images, targets):
+        if self.training:
+            seeds.append(torch.initial_seed())
+        return forward(self, images, targets)
+
+    def measured(self, optimizer, grad_norm):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append((float(grad_norm), float(nn.utils.get_total_norm(gradients))))
+        update(self, optimizer, grad_norm)
+
+    monkeypatch.setattr(detect.Detector, "forward", spy)
+    monkeypatch.setattr(common.Run, "update", measured)
+    given = ["--out", tmp_path / "run", "--micro_batch=2", "--clip_grad=0.5", "--max_steps=2"]
+    assert run(encoder, scenes, *given) == 0
+    assert seeds == [common.seed_for(0, "step", step, row) for step in range(2) for row in (0, 2)]
+    assert all(before > 0.5 and after == pytest.approx(0.5, rel=1e-4) for before, after in norms)
 
 
 @needs_coco
