@@ -841,7 +841,8 @@ def read_safetensors(path):
 
 def commit():
     """The commit of this file's folder, such as 84e6c24 or 84e6c24-dirty; None where git knows none."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    folder = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
