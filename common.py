@@ -840,7 +840,7 @@ def read_safetensors(path):
 
 
 def commit():
-    """The commit of this file's folder, such as 84e6c24 or 84e6c24-dirty; None where git knows none."""
+    """The commit of this code, such as 84e6c24 or 84e6c24-dirty; None where git knows none."""
     folder = os.path.dirname(os.path.abspath(__file__))
     command = ["git", "-C", folder, "describe", "--always", "--dirty"]
     try:
