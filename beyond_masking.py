@@ -655,7 +655,7 @@ def train(config, run, processes):
             run.save(model, optimizer, step + 1, rgb_encoder(model.encoder))
             if processes.main:
                 picture = run.folder / "preview.png"
-                preview(picture, config, model, common.first_batch(samples), device)
+                preview(picture, config, model, common.preview_batch(samples), device)
                 model.train()
         if stopping:
             break
@@ -731,7 +731,7 @@ def draw(config, run):
         model = prepare(config, processes, "" if run.state else config.init)
         if run.state:
             model.load_state_dict(run.state["model"])
-        batch = common.first_batch(common.Samples(images, Augment(config), config.seed))
+        batch = common.preview_batch(common.Samples(images, Augment(config), config.seed))
         preview(config.preview, config, model, batch, processes.device)
     weights = run.checkpoint if run.state else config.init or "untrained weights"
     print(f"drew {config.preview} from {weights}")

@@ -751,7 +751,7 @@ def train(config, run, processes):
             run.save(model, optimizer, step + 1)
             if processes.main:
                 picture = run.folder / "preview.png"
-                preview(picture, config, model, teacher, common.first_batch(samples), device)
+                preview(picture, config, model, teacher, common.preview_batch(samples), device)
                 model.train()
         if stopping:
             break
@@ -827,7 +827,7 @@ def draw(config, run):
         if run.state:
             model.load_state_dict(run.state["model"])
         samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)
-        batch = common.first_batch(samples)
+        batch = common.preview_batch(samples)
         preview(config.preview, config, model, teacher, batch, processes.device)
     weights = run.checkpoint if run.state else config.init or "untrained weights"
     print(f"drew {config.preview} from {weights}")

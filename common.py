@@ -576,9 +576,10 @@ def own_group(worker_id):
         os.setpgrp()
 
 
-def first_batch(samples, count=6):
-    """The same few samples each time, so that the pictures of a run can be compared."""
-    keys = [(0, index % len(samples.images)) for index in range(count)]
+def preview_batch(samples, count=6):
+    """The same few samples each time, so that the pictures of a run can be compared; from all over
+    the data, since files come sorted by class."""
+    keys = [(0, index * len(samples.images) // count) for index in range(count)]
     return torch.utils.data.default_collate([samples[key] for key in keys])
 
 

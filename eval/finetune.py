@@ -405,9 +405,9 @@ def measured(folder):
 
 
 def preview(path, samples, mix, size):
-    """Draws the first training images as rows: centre view | augmented | augmented and mixed."""
+    """Draws a few training images as rows: centre view | augmented | augmented and mixed."""
     plain = common.Samples(samples.images, lambda image, label: (centre_view(image, size), label), seed=0)
-    views, (images, labels) = common.first_batch(plain)[0] / 255, common.first_batch(samples)
+    views, (images, labels) = common.preview_batch(plain)[0] / 255, common.preview_batch(samples)
     torch.manual_seed(0)
     mean, std = (torch.tensor(value)[:, None, None] for value in (common.IMAGENET_MEAN, common.IMAGENET_STD))
     rows = zip(views, *(batch * std + mean for batch in (images, mix(images, labels)[0])))

@@ -573,7 +573,7 @@ def test_a_sample_is_the_crop_its_draws_and_a_mask(task):
     side = {"zoom_in": 36, "zoom_out": 20}.get(task.removeprefix("mask+"), 28)
     assert clean.shape == (3, side, side) and clean.dtype == torch.uint8
     assert len(mask) == task.startswith("mask") and all(m.shape == (49,) and m.sum() == 37 for m in mask)
-    batch = common.first_batch(samples, 3)
+    batch = common.preview_batch(samples, 3)
     images, params, mask = beyond_masking.inputs(batch, torch.device("cpu"))
     model = beyond_masking.BeyondMasking(task, 28, 4, 16, 1, 2, 8, 1, 2)
     assert torch.isfinite(model(images, params, mask)[0])

@@ -189,7 +189,7 @@ def test_previews_show_each_task(tmp_path, data, task):
     config = common.parse_config(beyond_masking.Config, "", beyond_masking.SIZES, {}, [*TINY, f"--task={task}"])
     samples = common.Samples(beyond_masking.find_images(config.__class__(**{**vars(config), "data": str(data)})),
                              beyond_masking.Augment(config), 0)
-    batch = common.first_batch(samples, 2)
+    batch = common.preview_batch(samples, 2)
     rows = beyond_masking.preview_rows(config, beyond_masking.build(config), batch, torch.device("cpu"))
     clean, seen, target, answer = rows[0]
     assert clean.shape[1:] == beyond_masking.clean_size(task, 28)

@@ -1,6 +1,6 @@
 """Draws docs/beyond_masking.png: a row per task, from the runs that `make demo-beyond` leaves behind.
 
-    python -m docs.beyond_masking        (from the top of the repository)
+    python -m docs.draw_tasks        (from the top of the repository)
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ def main():
         model.load_state_dict(state["model"])
         images = beyond_masking.find_images(config, num_scenes=100)
         samples = common.Samples(images, beyond_masking.Augment(config), seed=1)
-        batch = common.first_batch(samples, 3)
+        batch = common.preview_batch(samples, 3)
         rows.append(beyond_masking.preview_rows(config, model, batch, torch.device("cpu"))[2])
         labels.append(f"{task}\nstep {state['step']}")
     common.save_panels("docs/beyond_masking.png", rows, ["clean", "seen", "target", "answer"],
