@@ -1,6 +1,5 @@
 """eval/detect.py: AP against hand-made boxes, the parts against torchvision, whole runs on a tiny COCO set."""
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -855,8 +854,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(scenes, encoder, tmp_path, 
     while not (tmp_path / "run" / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    code, _, err = finish(process, 300)
-    assert code == 128 + signal.SIGTERM and "the same command goes on" in err
+    code, out, _ = finish(process, 300)
+    assert code == 128 + signal.SIGTERM and "the same command goes on" in out
     step = load(tmp_path / "run")["step"]
     if step < 5:
         assert call(*given, "--max_steps", 5, main=detect.main) == 0
@@ -867,8 +866,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(scenes, encoder, tmp_path, 
 @needs_coco
 def test_eight_images_are_learnt(scenes, encoder, tmp_path):
     given = ["--checkpoint", encoder, "--data", scenes, *TINY, "--out", tmp_path / "run", "--channels=32"]
-    with contextlib.suppress(FileNotFoundError):
-        assert call(*given, "--epochs=60", "--rois=32", "--lr=2e-3", "--scale_min=1", "--scale_max=1",
-                    "--log_every=20", main=detect.main) == 0
+    assert call(*given, "--epochs=120", "--rois=32", "--lr=2e-3", "--scale_min=1", "--scale_max=1", "--drop_path=0",
+                "--log_every=20", main=detect.main) == 0
     log = read_log(tmp_path / "run")
-    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert log[-1]["loss"] < 0.4 * log[0]["loss"]

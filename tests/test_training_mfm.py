@@ -123,7 +123,7 @@ def test_the_optimiser_is_that_of_the_recipe(tmp_path, data, unbroken):
 def test_the_demo_learns(tmp_path, flags):
     """What `make demo-mfm` promises: at least 15 points more than random weights."""
     assert run_mfm("--demo", "--device=cpu", "--out", tmp_path / "demo", *flags) == 0
-    linear_probe.main(["--checkpoint", str(tmp_path / "demo"), "--data", "scenes", "--device", "cpu"])
+    linear_probe.main(["--checkpoint", str(tmp_path / "demo"), "--data", "scenes", "--protocol", "ridge", "--device", "cpu"])
     result = json.loads((tmp_path / "demo" / "eval.jsonl").read_text())
     assert result["accuracy"] >= result["random_init"] + 15
 
