@@ -1,6 +1,6 @@
 """Folders laid out like ImageNet-A, -R, -Sketch and -C, made of the test images of any labelled set.
 
-    python results/made_up_sets.py CIFAR/test OUT [images of each class]
+    python -m results.made_up_sets CIFAR/test OUT [images of each class]      (from the top of the repository)
 
 Only the layout is that of the published sets: A and R hold every fifth class (200 of 1000), Sketch all of
 them as edges, C the 15 corruptions at 5 severities, each a crude stand-in for the published one.
