@@ -255,7 +255,13 @@ def freeze_key_bias(vit):
 
 
 def compile_blocks(blocks):
-    """torch.compile per block, in place: state-dict keys stay clean, blocks share one program."""
+    """torch.compile per block, in place: state-dict keys stay clean, equal blocks share a program.
+
+    Stochastic depth makes them unequal, by its rate; beyond its limit of programs, which is 8,
+    torch would leave all further blocks as they are, tests included, with no more than a warning.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
     for block in blocks:
         block.compile()
 

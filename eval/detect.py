@@ -40,7 +40,9 @@ import copy
 import dataclasses
 import io
 import json
+import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 import common
 from common import flag
-from eval.protocol import append_result, check_classes, layer_groups, open_checkpoint
+from eval.protocol import append_result, check_classes, check_writable, layer_groups, open_checkpoint
 
 BICUBIC, NEAREST = TF.InterpolationMode.BICUBIC, TF.InterpolationMode.NEAREST
 MEAN_COLOUR = tuple(round(255 * value) for value in common.IMAGENET_MEAN)  # of padding: 0 once normalised
@@ -574,9 +576,11 @@ def train(config, run, processes, started):
                 draw(run.folder / "preview.png", model, val, config, device)
             model.train()
         if stopping:
-            break
+            run.close()
+            sys.exit(1)  # in a process that agreed to stop and has not been asked itself
     run.close()
-    report(config, model, val, processes, checkpoint, started, run.stop)
+    report(config, model, val, processes, checkpoint, started, run.stop, train=images.name,
+           train_images=len(images))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -616,14 +620,14 @@ def count_flops(model, config):
     return common.count_flops(forward)
 
 
-def report(config, model, val, processes, checkpoint, started, step):
-    """Evaluates, appends the result to eval.jsonl beside `checkpoint`, prints it."""
+def report(config, model, val, processes, checkpoint, started, step, **facts):
+    """Evaluates, appends the result and `facts` to eval.jsonl beside `checkpoint`, prints it."""
     ap = evaluate(model, val, config, processes)
     if processes.main:
         append_result("detect", checkpoint, model.encoder, config, started, protocol="Mask R-CNN, ViTDet",
                       data=config.data, val=val.name, val_images=len(val), classes=len(val.classes),
-                      step=step, random_init=config.random_init, **ap, seed=config.seed,
-                      device=str(processes.device))
+                      step=step, random_init=config.random_init, **ap, **facts, seed=config.seed,
+                      device=str(processes.device), pycocotools=version("pycocotools"))
         print(f"detection: box AP {ap['box_ap']:.1f}, AP50 {ap['box_ap50']:.1f}, AP75 {ap['box_ap75']:.1f}; "
               f"mask AP {ap['mask_ap']:.1f}, AP50 {ap['mask_ap50']:.1f}, AP75 {ap['mask_ap75']:.1f}")
 
@@ -633,6 +637,7 @@ def evaluate_only(config, processes, started):
     path = Path(config.checkpoint).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     state = common.read_checkpoint(path)
+    check_writable(path)
     if state.get("kind") != "detection":
         raise ValueError(f"{path} holds no detector: --eval_only takes the last.pt of a run of this script")
     free = {"checkpoint", "data", "eval_only", *common.MAY_CHANGE, "precision", "compile"}

@@ -19,7 +19,8 @@ row, the classes, and what was computed by which checkpoint:
     about["names"][0], features[0]
 
 The size is printed before the start. All is held in memory until it is written, once, at the end; what would
-exceed 16 GiB is refused: take fewer layers, another `--tokens`, or a subfolder at a time.
+exceed 16 GiB is refused: take fewer layers, another `--tokens`, or a subfolder at a time. Under torchrun the
+other processes hold a layer of it for a moment.
 
 Dimension key: B batch, n images, N patches, D width.
 """
@@ -41,6 +42,7 @@ from eval.protocol import (EvalConfig, append_result, centre_batches, check_fini
                            open_checkpoint, pool_tokens, sha256)
 
 LIMIT = 16 * 2**30  # bytes
+NAMES_LIMIT = 90e6  # bytes; the header of a .safetensors file may have 100 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ def feature_shape(config, vit):
 
 @torch.no_grad()
 def extract(vit, images, names, config, processes):
-    """{name: features (n, *feature_shape) float32 on the CPU} of all images."""
+    """{name: features (n, *feature_shape) float32 on the CPU} of all images; {} but in the main process."""
     share = len(range(processes.rank, len(images), processes.world))
     features = {name: torch.empty(share, *feature_shape(config, vit)) for name in names}
     first, N = 0, math.prod(vit.grid)
@@ -91,7 +93,12 @@ def extract(vit, images, names, config, processes):
             chosen = check_finite(pool_tokens(tokens.float(), config.tokens, N))
             features[name][first: first + len(batch)] = chosen.cpu()
         first += len(batch)
-    return {name: gather(part, len(images), processes) for name, part in features.items()}
+    whole = {}
+    for name, part in features.items():
+        rows = gather(part, len(images), processes)
+        if processes.main:
+            whole[name] = rows
+    return whole
 
 
 def names_and_classes(images, root):
@@ -120,6 +127,10 @@ def main(argv=None):
     if size > LIMIT:
         raise ValueError(f"{cost}, more than the {LIMIT / 2**30:.0f} GiB that are held in memory: take fewer "
                          "layers, other --tokens, or a subfolder at a time")
+    names, labels, classes = names_and_classes(images, images.name)
+    if len(json.dumps(json.dumps(names))) > NAMES_LIMIT:
+        raise ValueError(f"the names of {len(images):,} files take more than the {NAMES_LIMIT / 1e6:.0f} MB "
+                         "that a .safetensors file can hold: take a subfolder at a time")
     Path(config.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not os.access(Path(config.out).absolute().parent, os.W_OK):
         raise ValueError(f"--out {config.out} cannot be written there: give a folder of your own")
@@ -128,7 +139,6 @@ def main(argv=None):
             print(cost, flush=True)
         tensors = extract(vit, images, layers, config, processes)
         if processes.main:
-            names, labels, classes = names_and_classes(images, images.name)
             if labels is not None:
                 tensors["labels"] = labels
             facts = dict(data=config.data, images=len(images), tokens=config.tokens, layers=list(layers),

@@ -9,7 +9,7 @@
     image - crop, flip, RandAugment, erasing - mixup or cutmix - encoder - mean of patches, LayerNorm - linear
 
 The recipe is a row of RECIPES, found by the method that the checkpoint names and the encoder's width. Each of
-its values is also a flag, which wins. The same command again resumes, bit for bit. Accuracy on the
+its values is also a flag, which wins. The same command again resumes, on a CPU bit for bit. Accuracy on the
 validation images (centre view, fp32) stands after each epoch in log.jsonl, and at the end in eval.jsonl
 beside the checkpoint. eval.robustness reads the run's last.pt.
 
@@ -25,7 +25,7 @@ Beyond Masking's released code. Where they are silent or cannot be followed:
        1/2, as in timm. Not as in timm: no noise on the strength (std 0.5 there), Identity instead of Invert
        and SolarizeAdd, a milder Posterize, bilinear moves.
   [D6] Mixup or cutmix is drawn once per micro batch (theirs: per GPU) from (seed, step, row), like drop path:
-       so these two differ with the number of processes, and nothing else does.
+       so these two differ with the number of processes and --micro_batch, and nothing else does.
   [D7] No gradient clipping and no EMA, as in all sources; with --ema the average is what is tested.
   [D8] A fraction is drawn within each class, from the seed, at least one image.
 
@@ -52,8 +52,8 @@ from tqdm import tqdm
 
 import common
 from common import flag
-from eval.protocol import (CentreViews, append_result, centre_view, check_classes, layer_groups,
-                           open_checkpoint, random_encoder, sha256)
+from eval.protocol import (CentreViews, append_result, centre_view, check_classes, check_writable,
+                           layer_groups, open_checkpoint, random_encoder, sha256)
 
 # ------------------------------------------------------------------------------------------------------------
 # Recipes: `lr` is absolute, `base_lr` is per 256 images
@@ -279,6 +279,7 @@ def load_classifier(path):
     path = Path(path).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     state = common.read_checkpoint(path)
+    check_writable(path)
     if state.get("kind") != "finetuning":
         raise ValueError(f"{path} is no fine-tuned classifier: give the folder of a run of eval.finetune")
     config = state["config"]

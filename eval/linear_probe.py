@@ -256,10 +256,13 @@ def train(config, vit, pool, probes, images, run, processes, digest):
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = common.learning_rate(step, peak, warmup_steps, plan.total_steps)
 
-        pairs = [run.next_batch(batches) for _ in range(plan.accumulation)]
-        features = [encode(vit, views, pool, config, processes) for views, _ in pairs]
+        features, labels = [], []
+        for _ in range(plan.accumulation):
+            views, some = run.next_batch(batches)
+            features.append(encode(vit, views, pool, config, processes))
+            labels.append(some)
         features = torch.stack(features)  # (A, m, D), for attention (A, m, 1+N, D)
-        labels = torch.stack([labels for _, labels in pairs]).to(processes.device)  # (A, m)
+        labels = torch.stack(labels).to(processes.device)  # (A, m)
         labels = gather(labels, plan.accumulation * processes.world, processes).flatten()  # (B,)
         losses = [F.cross_entropy(probe(features, processes), labels) for probe in probes]
         sum(losses).backward()  # no probe's loss depends on another's weights

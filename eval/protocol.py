@@ -59,14 +59,19 @@ def open_checkpoint(config, **override):
     Raises ValueError where the result line, which belongs beside the checkpoint, could not be written.
     """
     path = find_file(config.checkpoint)
-    log = path.parent / "eval.jsonl"
-    if not os.access(log if log.exists() else log.parent, os.W_OK):
-        raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint to a "
-                         "folder of your own")
+    check_writable(path)
     given = {name: getattr(config, name) for name in ("img_size", "num_heads") if getattr(config, name)}
     silent = contextlib.redirect_stdout(None) if int(os.environ.get("RANK", 0)) else contextlib.nullcontext()
     with silent:
         return path, load_encoder(path, in_chans=3, **given, **override)
+
+
+def check_writable(path):
+    """Looks now whether the result line of the checkpoint `path` can be written, not after hours."""
+    log = path.parent / "eval.jsonl"
+    if not os.access(log if log.exists() else log.parent, os.W_OK):
+        raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint to a "
+                         "folder of your own")
 
 
 def random_encoder(vit, seed):
@@ -76,24 +81,24 @@ def random_encoder(vit, seed):
 
 
 class CentreViews(torch.utils.data.Dataset):
-    """The images of a `common.Images` at one size (H, W), with their labels: (uint8 (3, H, W), label)."""
+    """The images of a `common.Images` as tests see them, with their labels: (uint8 (3, H, W), label)."""
 
-    def __init__(self, images, size):
-        self.images, self.size = images, size
+    def __init__(self, images, size, whole=True):
+        self.images, self.size, self.whole = images, size, whole
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
         image, label = self.images[index]
-        return centre_view(image, self.size), label
+        return centre_view(image, self.size, self.whole), label
 
 
-def centre_view(image, size):
+def centre_view(image, size, whole=True):
     """The papers' view for tests, uint8 (3, h, w) to (3, H, W): short side to 256, bicubic, then the centre
-    of 224 pixels, in proportion for other sizes. An image that has the size already stays as it is."""
+    of 224 pixels, in proportion for other sizes. `whole`: an image of that size already stays as it is."""
     (height, width), (h, w) = size, image.shape[1:]
-    if (h, w) == (height, width):
+    if whole and (h, w) == (height, width):
         return image
     scale = max(height / h, width / w) * 256 / 224
     # The long side rounds down, as torchvision's Resize does.
@@ -171,9 +176,9 @@ def check_classes(train, val):
 
 
 def layer_groups(model, encoder, weight_decay, layer_decay):
-    """AdamW's groups of a model's trainable parameters, each with the share `lr_scale` of the learning rate
-    that it gets: layer_decay^(depth + 1 - id), where id is 0 for what comes before the encoder's blocks, i + 1
-    for block i, depth + 1 for what comes after. Vectors, class token and positions have no weight decay."""
+    """AdamW's groups of a model's trainable parameters; `lr_scale` is their share of the learning rate:
+    layer_decay^(depth + 1 - id), where id is 0 for what comes before the encoder's blocks, i + 1 for block i,
+    depth + 1 for what comes after. Vectors, class token and positions have no weight decay."""
     depth, groups, ids = len(encoder.blocks), {}, {}
     for name, parameter in encoder.named_parameters():
         part, *rest = name.split(".")

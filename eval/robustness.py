@@ -27,19 +27,17 @@ Dimension key: B batch, K classes, H x W size of the view.
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
 import typing
 from pathlib import Path
 
 import torch
-from torchvision.transforms.v2 import functional as TF
 
 import common
 from common import flag
 from eval.finetune import load_classifier, predictions
-from eval.protocol import EvalConfig, append_result, centre_view
+from eval.protocol import CentreViews, EvalConfig, append_result
 
 # AlexNet's error on each corruption of ImageNet-C, the mean over its five severities [I].
 ALEXNET = dict(
@@ -69,24 +67,6 @@ class Config(EvalConfig):
             raise ValueError("--img_size and --num_heads belong to the classifier: fine-tune it with others")
 
 
-class Views(torch.utils.data.Dataset):
-    """The images of a `common.Images` as tests see them, uint8 (3, H, W), with their labels [D1]."""
-
-    def __init__(self, images, size, view):
-        self.images, self.size, self.view = images, size, view
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image, label = self.images[index]
-        if self.view == "crop" and tuple(image.shape[1:]) == self.size:  # `centre_view` would keep it
-            larger = [math.floor(side * 256 / 224) for side in self.size]
-            image = TF.resize(image, larger, TF.InterpolationMode.BICUBIC, antialias=True)
-            return TF.center_crop(image, list(self.size)), label
-        return centre_view(image, self.size), label
-
-
 def by_name(folder, classes):
     """The images in CLASS/ folders, labelled with the place of CLASS in `classes`, the classifier's own list.
 
@@ -111,7 +91,7 @@ def by_name(folder, classes):
 def errors(model, images, config, processes, only=None):
     """(wrong, all) images, over all processes; the arg max runs over the classes `only` (indices)."""
     counts = torch.zeros(2, dtype=torch.long, device=processes.device)
-    views = Views(images, model.encoder.img_size, config.view)
+    views = CentreViews(images, model.encoder.img_size, whole=config.view == "whole")  # [D1]
     for logits, labels in predictions(model, views, config.batch_size, config.workers, processes):
         if only is not None:
             kept = torch.tensor(only, device=logits.device)

@@ -53,7 +53,8 @@ from tqdm import tqdm
 
 import common
 from common import flag
-from eval.protocol import EvalConfig, append_result, layer_groups, open_checkpoint, random_encoder
+from eval.protocol import (EvalConfig, append_result, check_writable, layer_groups, open_checkpoint,
+                           random_encoder)
 
 IGNORE = 255  # in label maps, once read: no class, no loss, no score
 RECIPES = {
@@ -479,14 +480,16 @@ def draw_overlays(path, model, data, config, device, count=6):
     common.write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
-def report(model, config, folder, path, processes, started):
-    """Tests the model; the main process draws, appends the result line beside `path`, and says the scores."""
+def report(model, config, folder, path, processes, started, **facts):
+    """Tests the model; the main process draws, appends the result line beside `path`, with the `facts` about
+    its training, and says the scores."""
     data = find_maps(config, "val")
     result = scores(evaluate(model, data, config, processes))
     if processes.main:
         draw_overlays(folder / "overlays.png", model, data, config, processes.device)
         append_result("segment", path, model.encoder, config, started, protocol=config.head, data=config.data,
-                      val=data.name, val_images=len(data), random_init=config.random_init, **result)
+                      val=data.name, val_images=len(data), random_init=config.random_init, **result,
+                      **facts, seed=config.seed, device=str(processes.device))
         name = f"{config.head}{', random init' * config.random_init}"
         print(f"segmentation ({name}): mIoU {result['miou']:.1f}, aAcc {result['aacc']:.1f}, mAcc "
               f"{result['macc']:.1f} %; the commonest class everywhere: mIoU {result['commonest_miou']:.1f}, "
@@ -534,7 +537,7 @@ def train(encoder, data, config, run, processes):
     Views(val, config)[0]  # read now, not after days
     plan = common.make_plan(len(data), config.batch_size, config.micro_batch, 1, processes.world)
     plan = dataclasses.replace(plan, total_steps=config.steps)
-    several_gpus = processes.world > 1 and device.type == "cuda"
+    several_gpus = processes.world > 1 and device.type == "cuda" and config.head == "upernet"
     norm = run.state["norm"] if run.state else "batch" if several_gpus else "group"
     if norm == "batch" and not several_gpus:
         raise ValueError(f"the run in {run.folder} has SyncBatchNorm: go on with several GPUs, as it began")
@@ -570,7 +573,7 @@ def train(encoder, data, config, run, processes):
                 (loss / plan.accumulation).backward()
             run.record(loss=loss)
 
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measured, not clipped
+        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         run.update(optimizer, grad_norm)
 
         run.log(step + 1, lr, grad_norm)
@@ -578,9 +581,10 @@ def train(encoder, data, config, run, processes):
         if (step + 1) % config.save_every == 0 or step + 1 == run.stop or stopping:
             run.save(model, optimizer, step + 1, encoder=encoder.config, norm=norm)
         if stopping:
-            break
+            run.close()
+            sys.exit(1)  # in a process that agreed to stop and has not been asked itself
     run.close()
-    return model
+    return model, dict(train=data.name, train_images=len(data), norm=norm)
 
 
 def test_only(config, processes, started):
@@ -588,13 +592,16 @@ def test_only(config, processes, started):
     path = Path(config.checkpoint).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     state = common.read_checkpoint(path)
+    check_writable(path)
     if state.get("kind") != "segmentation":
         raise ValueError(f"{path} is not from a segmentation run: --eval_only tests the last.pt of one")
-    own = {name: getattr(config, name) for name in ("data", "device", "workers", "micro_batch")}
+    own = {name: getattr(config, name) for name in (
+        "data", "device", "workers", "micro_batch", "precision", "eval_only")}
     config = dataclasses.replace(Config(**state["config"]), **own)
     model = Segmenter(common.ViT(**state["encoder"]), config, state["norm"])
     model.load_state_dict(state["model"])
-    report(model.to(processes.device), config, path.parent, path, processes, started)
+    report(model.to(processes.device), config, path.parent, path, processes, started, step=state["step"],
+           norm=state["norm"])
 
 
 def main(argv=None):
@@ -611,9 +618,9 @@ def main(argv=None):
         out = config.out or path.parent / f"segment_{config.head}{'_random' * config.random_init}"
         run = common.Run("segment", config, out, "segmentation")
         if not run.finished:
-            model = train(encoder, data, config, run, processes)
+            model, facts = train(encoder, data, config, run, processes)
             if run.stop == config.steps:
-                return report(model, config, run.folder, path, processes, started)
+                return report(model, config, run.folder, path, processes, started, step=run.stop, **facts)
         if processes.main:
             print(f"the run in {run.folder}/ is at its last step (--fresh starts anew); to test it: "
                   f"--eval_only --checkpoint {run.folder}/last.pt --data {config.data}")

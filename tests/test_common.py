@@ -777,6 +777,21 @@ def test_parameter_groups_spare_biases_norms_and_gains():
     assert decayed == {name for name in names.values() if name.endswith(matrices)}
 
 
+def test_blocks_of_every_drop_path_rate_are_compiled(monkeypatch):
+    """torch gives up after 8 programs by default, and 12 rates in training and in tests are more."""
+    from torch._dynamo.testing import CompileCounter
+    counter, compile_module = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=counter))
+    vit = common.ViT(**{**SMALL, "embed_dim": 16, "num_heads": 1, "depth": 12}, drop_path_rate=0.2)
+    common.compile_blocks(vit.blocks)
+    images = torch.randn(2, 3, 32, 32)
+    vit(images).sum().backward()
+    assert counter.frame_count == 12
+    with torch.no_grad():
+        vit.eval()(images)
+    assert counter.frame_count > 12
+
+
 def test_flops_of_a_matrix_product():
     layer = nn.Linear(10, 20)
     assert common.count_flops(lambda: layer(torch.zeros(3, 10))) == 2 * 3 * 10 * 20

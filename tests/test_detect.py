@@ -622,6 +622,7 @@ def test_a_run_writes_what_it_says(unbroken, scenes, encoder):
         [1e-3 * group["lr_scale"] for group in state["optimizer"]["param_groups"]])
     assert Image.open(out / "preview.png").size == (5 * 258 + 2, 2 * 258 + 2)
     assert record["kind"] == "detect" and record["checkpoint"] == str(encoder) and record["step"] == 5
+    assert record["train_images"] == 8 and record["pycocotools"]
     assert record["val_images"] == 5 and not record["random_init"] and 0 <= record["box_ap"] <= 100
 
 

@@ -127,6 +127,9 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(place, capsys, monkeypatch
     monkeypatch.setattr(features, "LIMIT", 7 * 24 * 4 - 1)
     fails(flags, "7 x 24 float32 .* more than the .* GiB .* take fewer layers")
     monkeypatch.setattr(features, "LIMIT", 7 * 24 * 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "NAMES_LIMIT", 50)
+        fails(flags, "the names of 7 files take more than the 0 MB")
     (folder / "photos" / "b" / "02.png").write_bytes(b"junk")
     fails(flags, "b/02.png cannot be read as an image")
     export(tiny(class_token=False), folder / "encoder.safetensors")

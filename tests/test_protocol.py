@@ -9,6 +9,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 import common
+from eval import protocol
 from eval.encoders import export
 from eval.protocol import (EvalConfig, append_result, centre_view, check_classes, check_pool, frozen_tokens,
                            gather, open_checkpoint, pool_tokens, random_encoder)
@@ -190,3 +191,11 @@ def test_bad_flags(tmp_path):
     image = write_images(tmp_path / "images", 1) / "00.png"
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         open_checkpoint(config(checkpoint=str(image)))
+
+
+def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "last.pt").touch()
+    protocol.check_writable(tmp_path / "last.pt")
+    monkeypatch.setattr(protocol.os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="eval.jsonl, which cannot be written: copy the checkpoint"):
+        protocol.check_writable(tmp_path / "last.pt")

@@ -14,7 +14,8 @@ from torchvision.transforms import InterpolationMode, v2
 import common
 from eval import robustness
 from eval.finetune import Classifier
-from eval.robustness import ALEXNET, Config, Views, by_name, errors, main, mean_corruption_error
+from eval.protocol import CentreViews
+from eval.robustness import ALEXNET, Config, by_name, errors, main, mean_corruption_error
 from helpers import call, finish, start
 
 CPU = torch.device("cpu")
@@ -121,9 +122,9 @@ def test_the_view_is_resize_256_crop_224_always(size):
     image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = common.Images(image[None], [4])
     papers = v2.Compose([v2.Resize(256, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
-    view, label = Views(images, (224, 224), "crop")[0]
+    view, label = CentreViews(images, (224, 224), whole=False)[0]
     assert torch.equal(view, papers(image)) and label == 4
-    whole, _ = Views(images, (224, 224), "whole")[0]
+    whole, _ = CentreViews(images, (224, 224))[0]
     assert torch.equal(whole, image if size == (224, 224) else papers(image))
 
 

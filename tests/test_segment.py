@@ -566,6 +566,7 @@ def test_a_run_writes_model_encoder_result_and_pictures(trained, encoder, maps):
     assert all(group["lr"] == pytest.approx(last * group["lr_scale"]) for group in groups)
     line = next(line for line in results(encoder.parent) if line["data"] == str(maps))
     assert line["kind"] == "segment" and line["protocol"] == "upernet" and line["val_images"] == 8
+    assert (line["train_images"], line["norm"], line["step"], line["device"]) == (8, "group", 6, "cpu")
     assert len(line["iou"]) == 3 and 0 < line["miou"] <= line["aacc"] < 100
     picture = Image.open(trained / "overlays.png")
     assert picture.width == 960 and picture.height > 600
@@ -776,7 +777,7 @@ def test_batch_norm_is_rebuilt_for_testing(encoder, maps, tmp_path):
     settings = config(num_classes=3, ignore_index=11, data=str(maps), channels=16)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Segmenter(tiny(), settings, "batch"))
     fill(model.head, 4)
-    torch.save(dict(kind="segmentation", config=dataclasses.asdict(settings), encoder=model.encoder.config,
+    torch.save(dict(kind="segmentation", step=3, config=dataclasses.asdict(settings), encoder=model.encoder.config,
                     norm="batch", model=model.state_dict()), tmp_path / "last.pt")
     given = ["--eval_only", "--checkpoint", tmp_path, "--data", maps, "--device=cpu", "--workers=0"]
     assert call(*given, main=main) == 0
