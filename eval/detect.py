@@ -125,6 +125,7 @@ def coco_tools():
         from pycocotools import mask
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
+        version("pycocotools")  # for the result line: better missed now than after the training
     except ImportError as error:
         raise ValueError("detection needs pycocotools: pip install pycocotools (this project's extra `det`)"
                          ) from error

@@ -279,7 +279,6 @@ def load_classifier(path):
     path = Path(path).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     state = common.read_checkpoint(path)
-    check_writable(path)
     if state.get("kind") != "finetuning":
         raise ValueError(f"{path} is no fine-tuned classifier: give the folder of a run of eval.finetune")
     config = state["config"]
@@ -524,6 +523,7 @@ def describe(config, model, plan, processes, images, val, folder):
 def eval_only(config, processes, started):
     """--eval_only: the accuracy of a finished run, as a line of eval.jsonl beside its last.pt."""
     model, classes, state, path = load_classifier(config.checkpoint)
+    check_writable(path)
     val = common.find_data(config.data, "val", model.encoder.img_size[0])
     check_classes(common.Images([], classes=classes, name=f"the classifier {path}"), val)
     result = evaluate(model.to(processes.device), val, config.micro_batch or 256, config.workers, processes)

@@ -37,7 +37,7 @@ import torch
 import common
 from common import flag
 from eval.finetune import load_classifier, predictions
-from eval.protocol import CentreViews, EvalConfig, append_result
+from eval.protocol import CentreViews, EvalConfig, append_result, check_writable
 
 # AlexNet's error on each corruption of ImageNet-C, the mean over its five severities [I].
 ALEXNET = dict(
@@ -156,6 +156,7 @@ def main(argv=None):
         # Only the main process prints.
         with contextlib.nullcontext() if processes.main else contextlib.redirect_stdout(None):
             model, classes, state, path = load_classifier(config.checkpoint)
+            check_writable(path)
             facts = measure(model.to(processes.device), classes, config, processes)
             if processes.main:
                 append_result("robustness", path, model.encoder, config, started, dataset=NAMES[config.kind],

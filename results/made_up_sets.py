@@ -68,4 +68,6 @@ def main(source, out, per_class=10):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

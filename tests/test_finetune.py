@@ -1,7 +1,5 @@
 """eval/finetune.py: recipes, model, groups, augmentation against papers, timm and torch; whole runs."""
 
-import contextlib
-import dataclasses
 import hashlib
 import json
 import math

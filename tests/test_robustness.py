@@ -16,7 +16,8 @@ from eval import robustness
 from eval.finetune import Classifier
 from eval.protocol import CentreViews
 from eval.robustness import ALEXNET, Config, by_name, errors, main, mean_corruption_error
-from helpers import call, finish, start
+from helpers import call, finish, start, write_images
+from results import made_up_sets
 
 CPU = torch.device("cpu")
 ONE = common.Processes(0, 1, CPU)
@@ -126,6 +127,25 @@ def test_the_view_is_resize_256_crop_224_always(size):
     assert torch.equal(view, papers(image)) and label == 4
     whole, _ = CentreViews(images, (224, 224))[0]
     assert torch.equal(whole, image if size == (224, 224) else papers(image))
+
+
+def test_made_up_sets_have_the_published_layouts(tmp_path):
+    """Six classes: A and R hold every fifth; each corruption has five severities, the last one far from the image."""
+    names = [f"n{index:08}" for index in range(6)]
+    for name in names:
+        write_images(tmp_path / "test" / name, count=2)
+    made_up_sets.main(tmp_path / "test", tmp_path / "sets", 1)
+    for kind, present in (("a", names[::5]), ("r", names[::5]), ("sketch", names)):
+        images = by_name(tmp_path / "sets" / kind, names)
+        assert [names[label] for label in images.labels] == present
+    clean = common.read_image(tmp_path / "test" / names[0] / "00.png").float()
+    for corruption in ALEXNET:
+        changes = []
+        for severity in robustness.SEVERITIES:
+            images = by_name(tmp_path / "sets" / "c" / corruption / severity, names)
+            assert len(images) == 6
+            changes.append((images[0][0].float() - clean).abs().mean())
+        assert changes[-1] > max(5, changes[0]), corruption
 
 
 # -- the command, on a classifier of 1000 classes with random weights
