@@ -6,58 +6,73 @@ The idea in one sentence: hiding patches is only one way to spoil an image that 
 of the others, those that move things help more than those that change their look, and the best
 practice joins masking with a zoom.
 
+Why (our reading): where every patch stays in its place and only its look is changed, each token can
+be restored from itself alone: to sharpen or to colour is the work of a filter. Once things are moved
+the pixels asked for at a place are in other tokens: the encoder must know what is where and attend
+there, and a copy of the own patch is never right. Hidden patches are asked for though no token has
+them; zoomed in, so is what lies around the view. `centre` and `border` in the log are these two.
+
   photo -- crop -- clean image -- degrade -- view (B, 3, S, S) -- visible patches -- ViT encoder
                        |                                                                 |
                        |                                     mask tokens -- decoder -- z (B, V, D)
                        |                                                       |
-                       +-- resize, normalise each patch -- target -- squared error (B, N, 3*P*P)
+                       +-- resize, normalise each patch -- target --- squared error --- pred
+                                                             both (B, N, 3*P*P)
 
-  task      clean   the view is                       the answer shows       loss over      top-1
+  task      clean   the view is                       pred shows             loss over      top-1
   mask      S       the clean image, 75 % hidden      the same place         hidden         82.9
-  zoom_in   S*9/7   its centre                        all of it, squeezed    centre, rim    82.7
+  zoom_in   S*9/7   its centre                        all of it, squeezed    centre, border 82.7
   zoom_out  S*5/7   it amid its mirror images         it alone, enlarged     the view       82.5
   distort   S       it through a fish-eye             it, straight           all            82.1
   blur      S       it after a random convolution     it, sharp              all            81.8
   decolor   S       one random mix of its colours     it, in colour          all            81.4
-  mask+zoom_in      zoom_in, 75 % of the view hidden                         hidden, rim    83.2
+  mask+zoom_in      zoom_in, 75 % of the view hidden                         hidden, border 83.2
 (ViT-B, 300 epochs, fine-tuned on ImageNet-1K [readme].) mask+zoom_out and mask+distort work too.
+For S = 224 the zooms' clean images have 288 and 160 pixels, 18 and 10 whole patches a side.
+
+  loss = mean over patches of |p - phi(O)|^2 / 3PP,  phi(x) = (x - mean x) / std x per patch, colour
+  zoom_in:  0.8 |c(p) - phi(c(O))|^2 over c, the centre, + 0.2 |p - phi(O)|^2 over the border
+In the code: p `pred`, O `clean`, phi `normalise_patches`, c `center_crop`.
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, E decoder
-width, P patch side, S side of the view, R side of the clean image, H heads.
+width, C channels, P patch side, S side of the view, R side of the clean image.
 
-What differs from MAE (marked Δ): the degradations, and that view and answer may lie in different
-frames, so that no token can copy its own patch; pixels are normalised per patch and per colour;
-1-D positions; a decoder of 4 narrow blocks; no class token.
+What differs from MAE (marked Δ): the degradations, and that view and prediction may lie in
+different frames, so that no token can copy its own patch; pixels are normalised per patch and per
+colour; 1-D positions; a decoder of 4 narrow blocks; no class token.
+
+Recipe (bare command, ViT-B): epochs 300, batch_size 2048, lr 1.5e-4, min_lr 1e-5,
+warmup_epochs 20, weight_decay 0.05, mask_ratio 0.75, img_size 224, patch_size 16, crop_min 0.2
 
 Sources: [code] the authors' code, [readme] their README, [issue] the author's replies in their
-issue tracker. The text of the paper was not at hand. Where they are silent, we decided:
+issue tracker. The text of the paper was not at hand. Where they are silent, we decided (what all
+methods share stands at the top of common.py):
   [D1] The released zooms cannot run unmasked, though the author says that no task but `mask...`
        hides patches [issue]. Unmasked, their patch term runs over all patches; 0.8 and 0.2 stay.
   [D2] The released blur cannot run; its mean weight 1/49 and padding 3 fit a 7 x 7 convolution of
        3 to 3 channels. Its bias is drawn per image as well; the authors draw it once per process.
-  [D3] Offsets of zoom_out and weights of decolor are drawn per image; authors: per batch.
+  [D3] The released decolor cannot run: its loader asks for pale colours, its engine for one grey
+       channel. We take the engine's mix, which is what the authors' figure shows, and the crop of
+       that folder: 8 to 100 % of the area, bilinear, no flip [code].
   [D4] decolor's encoder has one input channel. The exported encoder takes RGB: each colour gets a
        third of the weights, the mean of the random mixes. On grey images nothing changes.
   [D5] mask+distort is not released: distort's loss over all patches, for a patch that the view
-       hides is no particular place of the answer.
+       hides is no particular place of the prediction.
   [D6] Decoders of ViT-Ti and S: half the encoder's width, 4 blocks, as for B. For L the released
        folders disagree: 24 blocks and a decoder of 512 x 8 x 8, as all but the zoom-in folder say.
-  [D7] bf16 autocast without loss scaler instead of fp16 with one; augmentation on uint8 tensors.
-  [D8] Every draw is a function of (seed, epoch, image); authors: seed 0 + rank.
-  [D9] A step whose gradient is not finite is skipped and counted, as a loss scaler would.
-  [D10] Batch 2048 and 20 epochs of warm-up, as the authors' two-node launcher has them.
+  [D7] Batch 2048 and 20 epochs of warm-up, as the authors' two-node launcher has them.
+  [D8] Offsets of zoom_out and weights of decolor are drawn per image; authors: per batch.
 
 Commands (the same command again resumes):
   python beyond_masking.py --demo                                 built-in images, on a laptop
   python beyond_masking.py --model vit_s --data ~/photos --task zoom_in
   torchrun --nproc_per_node=8 beyond_masking.py --model vit_b     the best practice, ImageNet-1K
-To use the method elsewhere copy this file and common.py (and demo/ for `scenes`).
+--out is runs/beyond_masking_MODEL_TASK unless given. To use the method elsewhere copy this file and
+common.py (and demo/ for `scenes`).
 """
 
 import functools
-import json
 import math
-import os
 import typing
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -74,6 +89,8 @@ from common import flag
 
 # --------------------------------------------------------------------------------------------------
 # Config
+
+METHOD = "beyond_masking"  # in files and in the name of the run's folder
 
 TASKS = ("mask", "zoom_in", "zoom_out", "distort", "blur", "decolor",
          "mask+zoom_in", "mask+zoom_out", "mask+distort")
@@ -92,69 +109,81 @@ SIZES = {
                      decoder_heads=2),
 }
 
+
+def is_masked(task):
+    """Whether patches are hidden: in `mask` and the mixtures with it [issue]."""
+    return task.startswith("mask")
+
+
+DEPENDS = dict(mask_ratio=("task", {task: 0.75 for task in TASKS if is_masked(task)}),  # [code]
+               crop_min=("task", {"decolor": 0.08}))  # [D3]
+
 DEMO = dict(model="vit_demo", data="scenes", img_size=28, patch_size=4, epochs=4, batch_size=64,
             lr=2e-3, warmup_epochs=0.3, crop_min=1.0, workers=0, log_every=50)
 
 
 @dataclass(frozen=True)
 class Config(common.RunConfig):
-    """The whole command line; flags that change no number come from common.RunConfig."""
+    """The recipe; the flags that are no part of it come from common.RunConfig."""
 
     task: typing.Literal[TASKS] = flag("mask+zoom_in", "how the image is degraded [readme]")
-    epochs: int = flag(300, "passes over the data [readme]")
-    batch_size: int = flag(2048, "images per step over all processes [code] [D10]")
-    lr: float = flag(1.5e-4, "base learning rate; the peak is lr x batch_size / 256 [code]")
+    epochs: int = flag(300, "passes over the data [readme]", positive=True)
+    batch_size: int = flag(2048, "images per step over all processes [code] [D7]", positive=True)
+    lr: float = flag(1.5e-4, "base rate: for 256 images, scaled with the batch [code]", positive=True)
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine [code]")
-    warmup_epochs: float = flag(20, "epochs of linear warm-up from 0 [code] [D10]")
+    warmup_epochs: float = flag(20, "epochs of linear warm-up from 0 [code] [D7]")
     weight_decay: float = flag(0.05, "AdamW, constant; betas are 0.9, 0.95 [code]")
     mask_ratio: float = flag(0.0, "share of hidden patches (default: 0.75 in `mask...`) [code]")
-    img_size: int = flag(224, "pixels of the view's side [code]")
-    patch_size: int = flag(16, "pixels of a patch's side [code]")
-    crop_min: float = flag(0.2, "smallest area of a random crop, as a share of the image [code]")
-    embed_dim: int = flag(0, "encoder width (default by size, like the following ones)")
-    depth: int = flag(0, "encoder blocks")
-    num_heads: int = flag(0, "encoder heads")
-    decoder_dim: int = flag(0, "decoder width")
-    decoder_depth: int = flag(0, "decoder blocks")
-    decoder_heads: int = flag(0, "decoder heads")
+    img_size: int = flag(224, "pixels of the view's side [code]", positive=True)
+    patch_size: int = flag(16, "pixels of a patch's side [code]", positive=True)
+    crop_min: float = flag(0.2, "smallest random crop, as a share of the image's area; decolor: "
+                                "0.08 [code] [D3]", positive=True)
 
     def __post_init__(self):
         super().__post_init__()
-        common.check_range(self, 1, "epochs", "batch_size", "img_size", "patch_size", "embed_dim",
-                           "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads")
-        common.check_range(self, None, "lr", "crop_min")
-        common.check_range(self, 0, "min_lr", "warmup_epochs", "weight_decay", "mask_ratio")
         check_size(self.task, self.img_size, self.patch_size)
-        if not hides(self.task) and self.mask_ratio:
+        if self.mask_ratio and not is_masked(self.task):
             raise ValueError(f"--task {self.task} hides no patches: --mask_ratio belongs to "
-                             f"{', '.join(filter(hides, TASKS))}")
-        if hides(self.task) and not self.mask_ratio:
-            object.__setattr__(self, "mask_ratio", 0.75)
-        if self.num_masked >= self.grid**2:
-            raise ValueError(f"--mask_ratio {self.mask_ratio:g} leaves no patch visible: give less")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} must be shorter than the run "
-                             f"of {self.epochs} epochs (fractions such as 0.5 are fine)")
+                             f"{', '.join(filter(is_masked, TASKS))}")
+        if is_masked(self.task) and not 0 < self.num_masked < self.num_patches:
+            raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {self.num_masked} of "
+                             f"{self.num_patches} patches: some must be hidden, some visible")
         if self.crop_min > 1:
             raise ValueError("--crop_min is at most 1")
 
     @property
-    def grid(self):
-        return self.img_size // self.patch_size
+    def num_patches(self):
+        return (self.img_size // self.patch_size) ** 2
 
     @property
     def num_masked(self):
         # The number of visible patches is truncated [code].
-        return self.grid**2 - int(self.grid**2 * (1 - self.mask_ratio))
+        return self.num_patches - int(self.num_patches * (1 - self.mask_ratio))
+
+    @property
+    def scene_size(self):
+        # As large as the larger of view and clean image.
+        return max(self.img_size, *clean_size(self.task, self.img_size))
+
+    @property
+    def run_name(self):
+        # The best practice's demo has no task in its name.
+        return super().run_name + f"_{self.task}" * (not self.demo or self.task != Config.task)
 
     @property
     def peak_lr(self):
         return self.lr * self.batch_size / 256
 
-
-def hides(task):
-    """Whether patches are hidden: in `mask` and the mixtures with it [issue]."""
-    return task.startswith("mask")
+    @property
+    def facts(self):
+        """What the printed recipe says of this method: {label: text}."""
+        hidden = f"{self.num_masked} of {self.num_patches} patches hidden"
+        return dict(
+            model=f"Beyond Masking, {self.model}",
+            task=f"{self.task}: clean image {clean_size(self.task, self.img_size)[0]}, view "
+                 f"{self.img_size}, {hidden if is_masked(self.task) else 'all patches visible'}",
+            lr=f"{self.peak_lr:.2e} = {self.lr:.2e} x {self.batch_size} / 256, "
+               f"{self.warmup_epochs:g} epochs of warm-up")
 
 
 def degradation(task):
@@ -200,7 +229,7 @@ def sample_params(task, batch, generator=None, img_size=224):
     task = degradation(task)
     if task == "zoom_out":
         rows, columns = (2 * side // 7 for side in common.pair(img_size))
-        return dict(left=torch.randint(columns, (batch,), generator=generator),  # [code] [D3]
+        return dict(left=torch.randint(columns, (batch,), generator=generator),  # [code] [D8]
                     top=torch.randint(rows, (batch,), generator=generator))
     if task == "distort":
         return dict(centre=uniform(-1, 1, batch, 2), magnitude=uniform(0.15, 0.25, batch))  # [code]
@@ -208,7 +237,7 @@ def sample_params(task, batch, generator=None, img_size=224):
         noise = torch.randn(batch, 3, 3, 7, 7, generator=generator)
         return dict(weight=1 / 49 + 0.02 * noise, bias=uniform(-1, 1, 3) / 147**0.5)  # [D2]
     if task == "decolor":
-        return dict(weights=uniform(0, 0.667, batch, 3))  # [code] [D3]
+        return dict(weights=uniform(0, 0.667, batch, 3))  # [code] [D3] [D8]
     return {}
 
 
@@ -220,9 +249,9 @@ def degrade(task, clean, params):
     """
     task = degradation(task)
     if task == "zoom_in":
-        return centre_of(clean)  # (B, 3, S, S)
+        return center_crop(clean)  # (B, 3, S, S)
     if task == "zoom_out":
-        return amid_mirrors(clean, params)  # (B, 3, S, S)
+        return symmetric_pad(clean, params)  # (B, 3, S, S)
     if task == "distort":
         return fish_eye(clean, **params)
     if task == "blur":  # one convolution per image, which mixes the channels too
@@ -236,13 +265,13 @@ def degrade(task, clean, params):
     return clean
 
 
-def centre_of(images):
+def center_crop(images):
     """The central 7/9 of images, in height and in width: (B, C, R, R) to (B, C, S, S)."""
     rows, columns = (side // 9 for side in images.shape[-2:])
     return images[..., rows:-rows, columns:-columns]
 
 
-def amid_mirrors(images, params):
+def symmetric_pad(images, params):
     """Images (B, C, R, R) at (top, left) of a canvas of 7/5 their size, amid their mirror images.
 
     The edge pixel is repeated (numpy's "symmetric"): -1 shows 0, -2 shows 1 [code].
@@ -273,24 +302,33 @@ def fish_eye(images, centre, magnitude):
 class Augment:
     """Makes a training sample in a worker: clean image, what is drawn for its degradation, mask.
 
-    Random resized crop and flip, nothing else [code]. The image is uint8 (3, R, R) [D7], the mask,
-    where the task has one, (N,) bool.
+    Random resized crop, bicubic, and flip, nothing else [code]; decolor: bilinear, no flip [D3]. The
+    image is uint8 (3, R, R), the mask, where the task has one, (N,) bool.
     """
 
     def __init__(self, config):
         self.config, self.size = config, clean_size(config.task, config.img_size)
 
     def __call__(self, image, label):  # labels have no use here
-        config = self.config
+        config, grey = self.config, self.config.task == "decolor"
         box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), ratio=(3 / 4, 4 / 3))
-        image = TF.resized_crop(image, *box, self.size, TF.InterpolationMode.BICUBIC)
-        if torch.rand(()) < 0.5:
+        kind = TF.InterpolationMode.BILINEAR if grey else TF.InterpolationMode.BICUBIC
+        image = TF.resized_crop(image, *box, self.size, kind)
+        if not grey and torch.rand(()) < 0.5:
             image = TF.horizontal_flip(image)
-        params = sample_params(config.task, 1, img_size=config.img_size)  # [D8]
+        params = sample_params(config.task, 1, img_size=config.img_size)
         params = {name: value.squeeze(0) for name, value in params.items()}
-        if not hides(config.task):
+        if not is_masked(config.task):
             return image, params
-        return image, params, common.random_masks(1, config.grid**2, config.num_masked)[0]
+        return image, params, common.random_masks(1, config.num_patches, config.num_masked)[0]
+
+
+def inputs(batch, device):
+    """A batch of `Augment` to what the model takes: clean images (B, 3, R, R) normalised float32 and
+    params on the device, and the mask (B, N) or None, which stays on the CPU."""
+    clean, params, *mask = batch
+    params = {name: value.to(device, non_blocking=True) for name, value in params.items()}
+    return common.normalise(clean.to(device, non_blocking=True)), params, mask[0] if mask else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,22 +354,25 @@ def area_resize(images, size):
 
 
 def normalise_patches(images, patch_size):
-    """Normalised images (B, 3, S, S) to patches (B, N, P*P*3), each of mean 0 and deviation 1. Δ
+    """Normalised images (B, 3, S, S) to patches (B, N, P*P*3), each of mean 0 and std 1. Δ
 
-    Per patch and per colour, with the unbiased deviation, of pixels in 0 .. 1 [code]; MAE
-    normalises the three colours of a patch together.
+    Per patch and per colour, with the unbiased std, of pixels in 0 .. 1 [code]; MAE normalises the
+    three colours of a patch together.
     """
-    mean, std = (images.new_tensor(value)[:, None, None]
-                 for value in (common.IMAGENET_MEAN, common.IMAGENET_STD))
-    patches = common.patchify(images * std + mean, patch_size)  # (B, N, P*P*3)
+    patches = common.patchify(common.unnormalise(images), patch_size)  # (B, N, P*P*3)
     pixels = rearrange(patches, "b n (pq c) -> b n pq c", c=3)
     std, mean = torch.std_mean(pixels, dim=2, keepdim=True)
     return rearrange((pixels - mean) / (std + 1e-6), "b n pq c -> b n (pq c)")
 
 
-def answer_target(clean, patch_size, img_size):
-    """What the answer's patches should be: all of the clean image, at the answer's size [code]."""
-    return normalise_patches(area_resize(clean, img_size), patch_size)  # (B, N, P*P*3)
+def pixel_target(task, clean, patch_size, img_size):
+    """What pred is compared with, a dict of patches (B, N, P*P*3) [code]: "whole" is all of the
+    clean image, at the size of pred. Zoomed in, "centre" is the view, normalised on its own patches:
+    at the seam it does not agree with the border around it, by the authors' design."""
+    target = dict(whole=normalise_patches(area_resize(clean, img_size), patch_size))
+    if degradation(task) == "zoom_in":
+        target["centre"] = normalise_patches(center_crop(clean), patch_size)
+    return target
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,7 +421,8 @@ class BeyondMasking(nn.Module):
         N = math.prod(self.encoder.grid)
         self.encoder.set_positions(common.sinusoid_1d(embed_dim, N))  # Δ not 2-D [code]
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_dim, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim), requires_grad=hides(task))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim),
+                                       requires_grad=is_masked(task))
         self.decoder = Decoder(self.encoder.grid, decoder_dim, decoder_depth, decoder_heads,
                                3 * math.prod(self.encoder.patch_size))
         self._initialise()
@@ -401,15 +443,16 @@ class BeyondMasking(nn.Module):
         for part in (self.encoder, self.decoder):
             common.freeze_key_bias(part)  # biases for q and v only [code]
 
-    def answer(self, view, mask=None):
-        """Views (B, C, S, S) to the answer's patches (B, N, P*P*3), in its own frame."""
+    def predict(self, view, ids_keep=None, ids_masked=None):
+        """Views (B, C, S, S) to the pred of all patches (B, N, P*P*3), in its own frame; which
+        patches are visible is said by the ids (B, V), (B, M), or all are."""
         N = math.prod(self.encoder.grid)
-        x = self.encoder_to_decoder(self.encoder(view, mask)[:, -N:])  # (B, V, E), no class token
-        if mask is not None:
-            order = torch.cat(common.split_ids(mask), dim=1)  # (B, N)
-            order = order.argsort(dim=1).to(view.device, non_blocking=True)  # back to raster order
-            hidden = self.mask_token.expand(len(x), N - x.shape[1], -1)  # (B, M, E)
-            x = common.pick(torch.cat([x, hidden], dim=1), order)  # (B, N, E)
+        tokens = self.encoder(view, ids_keep=ids_keep)[:, -N:]  # (B, V, D), no class token
+        x = self.encoder_to_decoder(tokens)  # (B, V, E)
+        if ids_keep is not None:
+            ids_restore = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)  # (B, N)
+            masked = self.mask_token.expand(*ids_masked.shape, -1)  # (B, M, E)
+            x = common.gather(torch.cat([x, masked], dim=1), ids_restore)  # (B, N, E)
         return self.decoder(x)
 
     def forward(self, clean, params, mask=None):
@@ -418,46 +461,36 @@ class BeyondMasking(nn.Module):
         clean (B, 3, *clean_size(task, img_size)), normalised; params as `sample_params` gives them;
         mask (B, N) bool, True = hidden, the same count per row, for `mask...` tasks and no others.
         """
-        size = clean_size(self.task, self.encoder.img_size)
-        if clean.ndim != 4 or tuple(clean.shape[1:]) != (3, *size):
+        size, grid, patch = self.encoder.img_size, self.encoder.grid, self.encoder.patch_size
+        R, Q = clean_size(self.task, size)
+        if clean.ndim != 4 or tuple(clean.shape[1:]) != (3, R, Q):
             raise ValueError(f"clean images of shape {tuple(clean.shape)} were given, the task "
-                             f"{self.task} expects (B, 3, {size[0]}, {size[1]})")
-        if (mask is not None) != hides(self.task):
+                             f"{self.task} expects (B, 3, {R}, {Q})")
+        if (mask is not None) != is_masked(self.task):
             raise ValueError(f"the task {self.task} needs {'a' if mask is None else 'no'} mask")
-        if mask is not None and not bool(mask.any()):
-            raise ValueError("the mask hides no patch, so there is nothing to restore")
+        ids_keep = ids_masked = None
+        if mask is not None:
+            ids_keep, ids_masked = common.mask_to_ids(mask, clean.device)  # (B, V), (B, M)
+            if ids_masked.shape[1] == 0:
+                raise ValueError("the mask hides no patch, so there is nothing to restore")
         with in_fp32(clean.device):
-            view = degrade(self.task, clean, params)
-        answer = self.answer(view, mask)  # (B, N, P*P*3)
+            view = degrade(self.task, clean, params)  # (B, C, S, S)
+            target = pixel_target(self.task, clean, patch, size)
+        pred = self.predict(view, ids_keep, ids_masked)  # (B, N, P*P*3)
         with in_fp32(clean.device):
-            answer = answer.to(clean.dtype)
-            masked_ids = None
-            if mask is not None:
-                masked_ids = common.split_ids(mask)[1].to(clean.device, non_blocking=True)  # (B, M)
-            return recovery_loss(self.task, answer, clean, params, masked_ids,
-                                 self.encoder.patch_size, self.encoder.img_size)
+            return recovery_loss(self.task, pred.to(clean.dtype), target, params, ids_masked, patch,
+                                 grid)
 
 
-def load_official(model, state_dict):
-    """Loads the authors' weights, under their key names, into a `BeyondMasking`, strictly.
+def build(config):
+    """The model of a configuration, with weights drawn from its seed."""
+    torch.manual_seed(config.seed)
+    return BeyondMasking(config.task, config.img_size, config.patch_size, **SIZES[config.model])
 
-    Their files hold no position tables; `encoder.cls_token`, which they save and never use, is
-    dropped unless the model has one. Raises ValueError naming what is missing or too much.
-    """
-    own, state = model.state_dict(), dict(state_dict)
-    state.update({name: own[name] for name in ("encoder.pos_embed", "decoder.positions")})
-    for name in own:
-        q_name, v_name = (name.replace("qkv.bias", key) for key in ("q_bias", "v_bias"))
-        if name.endswith("attn.qkv.bias") and {q_name, v_name} <= set(state):
-            q, v = state.pop(q_name), state.pop(v_name)
-            state[name] = torch.cat([q, torch.zeros_like(q), v])
-    if "encoder.cls_token" not in own:
-        state.pop("encoder.cls_token", None)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        message = f"not the weights of this Beyond Masking model: {common.reason(error)}"
-        raise ValueError(message) from error
+
+def decays(name, parameter):
+    """Which parameters get weight decay: all but the mask token and what is usual [code]."""
+    return common.decays(name, parameter) and name != "mask_token"
 
 
 def rgb_encoder(encoder):
@@ -471,55 +504,56 @@ def rgb_encoder(encoder):
     return rgb
 
 
+def example(config):
+    """(model, inputs of one image) on torch's meta device, for --dry_run."""
+    with torch.device("meta"):
+        model, params = build(config), sample_params(config.task, 1, img_size=config.img_size)
+        clean = torch.empty(1, 3, *clean_size(config.task, config.img_size))
+    masked = is_masked(config.task)
+    mask = common.random_masks(1, config.num_patches, config.num_masked) if masked else None
+    return model, (clean, params, mask)
+
+
 # --------------------------------------------------------------------------------------------------
 # Loss
 
 
-def recovery_loss(task, answer, clean, params, masked_ids, patch_size, img_size):
-    """(loss, parts) of the answer's patches (B, N, P*P*3), in fp32; masked_ids (B, M) or None. Δ
+def recovery_loss(task, pred, target, params, ids_masked, patch_size, grid):
+    """(loss, parts) of pred (B, N, P*P*3), in fp32; ids_masked (B, M) or None. Δ
 
-    Where the view shows another part of the clean image than the answer, the answer is brought
-    into the view's frame first, and the hidden patches are those of the view [code].
+    Where the view shows another part of the clean image than pred, both pred and target are brought
+    to the clean image's own size first, and the hidden patches are those of the view [code].
     """
-    grid = tuple(side // patch for side, patch in zip(img_size, common.pair(patch_size)))
+    whole = target["whole"]  # (B, N, P*P*3)
+    if "zoom" in task:
+        size = clean_size(task, [side * patch for side, patch in zip(grid, patch_size)])
+        pred, whole = (area_resize(common.unpatchify(tokens, patch_size, grid), size)
+                       for tokens in (pred, whole))  # (B, 3, R, R), (B, 3, R, R)
     if degradation(task) == "zoom_in":
-        return zoom_in_loss(answer, clean, masked_ids, patch_size, grid)
-    target = answer_target(clean, patch_size, img_size)  # (B, N, P*P*3)
+        return zoom_in_loss(pred, whole, target["centre"], ids_masked, patch_size)
     if degradation(task) == "zoom_out":
-        def to_view(tokens):
-            images = common.unpatchify(tokens, patch_size, grid)  # (B, 3, S, S)
-            images = amid_mirrors(area_resize(images, clean.shape[-2:]), params)  # (B, 3, S, S)
-            return common.patchify(images, patch_size)  # (B, N, P*P*3)
-
-        answer, target = to_view(answer), to_view(target)
-    # The frame of mask+distort's answer is not that of its view: all patches count [D5].
-    ids = None if task == "mask+distort" else masked_ids
-    return patch_error(answer, target, ids), {}
+        pred, whole = (common.patchify(symmetric_pad(images, params), patch_size)
+                       for images in (pred, whole))  # (B, N, P*P*3), (B, N, P*P*3)
+    # The frame of mask+distort's pred is not that of its view: all patches count [D5].
+    return patch_error(pred, whole, None if task == "mask+distort" else ids_masked), {}
 
 
-def patch_error(answer, target, masked_ids):
-    """Mean squared error of patches (B, N, C), over the hidden ones or, with None, all [D1]."""
-    if masked_ids is not None:
-        answer, target = common.pick(answer, masked_ids), common.pick(target, masked_ids)
-    return F.mse_loss(answer, target)
+def patch_error(pred, target, ids_masked):
+    """Mean squared error of patches (B, N, P*P*3), over the hidden ones or, with None, all [D1]."""
+    if ids_masked is not None:
+        pred, target = common.gather(pred, ids_masked), common.gather(target, ids_masked)
+    return F.mse_loss(pred, target)
 
 
-def zoom_in_loss(answer, clean, masked_ids, patch_size, grid):
-    """0.8 of the error on the view's patches, 0.2 of that on the rim around it [code].
-
-    The view is normalised on its own patches, the rim on those of the squeezed image: at the seam
-    the two do not agree, by the authors' design. The rim's four strips are means, summed.
-    """
-    view, size = centre_of(clean), clean.shape[-2:]
-    image = area_resize(common.unpatchify(answer, patch_size, grid), size)  # (B, 3, R, R)
-    centre = patch_error(common.patchify(centre_of(image), patch_size),
-                         normalise_patches(view, patch_size), masked_ids)
-    target = answer_target(clean, patch_size, view.shape[-2:])  # (B, N, P*P*3)
-    target = area_resize(common.unpatchify(target, patch_size, grid), size)  # (B, 3, R, R)
-    error, (h, w) = (image - target).square(), (side // 9 for side in size)
+def zoom_in_loss(pred, whole, centre, ids_masked, patch_size):
+    """0.8 of the error on the view's patches `centre` (B, N, P*P*3), 0.2 of that on the border
+    around it; pred and `whole` are images (B, 3, R, R). Its four strips are means, summed [code]."""
+    view = common.patchify(center_crop(pred), patch_size)  # (B, N, P*P*3)
+    inside = patch_error(view, centre, ids_masked)
+    error, (h, w) = (pred - whole).square(), (side // 9 for side in pred.shape[-2:])
     border = error[..., :h, :].mean() + error[..., -h:, :].mean() + \
         error[..., h:-h, :w].mean() + error[..., h:-h, -w:].mean()
-    return 0.8 * centre + 0.2 * border, dict(centre=centre.detach(), border=border.detach())
+    return 0.8 * inside + 0.2 * border, dict(centre=inside.detach(), border=border.detach())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -527,214 +561,91 @@ def zoom_in_loss(answer, clean, masked_ids, patch_size, grid):
 
 
 @torch.no_grad()
-def preview_rows(config, model, batch, device):
-    """Rows of (3, S, S) images in 0 .. 1: clean | view, hidden patches grey | target | answer."""
+def preview_rows(model, batch, device):
+    """Rows of (3, S, S) images in 0 .. 1: clean | view, hidden patches grey | target | pred."""
     model.eval()
-    clean, params, mask = inputs(batch, device)
-    view = degrade(config.task, clean, params)
-    target = answer_target(clean, config.patch_size, model.encoder.img_size)
-    grid, (mean, std) = model.encoder.grid, (clean.new_tensor(value)[:, None, None] for value in (
-        common.IMAGENET_MEAN, common.IMAGENET_STD))
-    seen = view * std + mean if view.shape[1] == 3 else view * std.mean() + mean.mean()
-    seen = seen.expand(-1, 3, -1, -1)  # (B, 3, S, S)
+    (clean, params, mask), vit = inputs(batch, device), model.encoder
+    ids = common.mask_to_ids(mask, device) if mask is not None else ()
+    view = degrade(model.task, clean, params)
+    target = pixel_target(model.task, clean, vit.patch_size, vit.img_size)["whole"]
+    seen = common.unnormalise(view.expand(-1, 3, -1, -1))  # (B, 3, S, S)
     if mask is not None:
-        hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=grid[0])
-        seen = torch.where(F.interpolate(hidden, size=seen.shape[-2:]) > 0, 0.5, seen)
-    # Both in units of a patch's own deviation, as the loss compares them: nothing leaks.
-    target, answer = (0.5 + common.unpatchify(tokens, config.patch_size, grid) / 5
-                      for tokens in (target, model.answer(view, mask)))
-    return list(map(list, zip(clean * std + mean, seen, target, answer)))
+        hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=vit.grid[0])
+        seen = seen.where(F.interpolate(hidden, size=seen.shape[-2:]) == 0, 0.5)
+    # Both in units of a patch's own std, as the loss compares them: nothing leaks.
+    target, pred = (0.5 + common.unpatchify(tokens, vit.patch_size, vit.grid) / 5
+                    for tokens in (target, model.predict(view, *ids)))
+    return list(zip(common.unnormalise(clean), seen, target, pred))
 
 
 def preview(path, config, model, batch, device):
     """Draws a batch of `Augment`, a row per image (see `preview_rows`)."""
-    common.save_panels(path, preview_rows(config, model, batch, device),
-                       ["clean", f"seen: {config.task}", "target", "answer"],
-                       "Target and answer: pixels in units of their patch's deviation, as compared "
-                       "in the loss.")
+    common.save_panels(path, preview_rows(model, batch, device),
+                       ["clean", f"seen: {config.task}", "target", "prediction"],
+                       "3rd, 4th: pixels in units of their patch's std, as compared in the loss.")
 
 
 # --------------------------------------------------------------------------------------------------
 # Train
 
 
-def inputs(batch, device):
-    """A batch of `Augment` to (clean images, params, mask or None), images float32 on the device,
-    normalised. The mask stays on the CPU, where `split_ids` reads it."""
-    clean, params, *mask = batch
-    params = {name: value.to(device, non_blocking=True) for name, value in params.items()}
-    return common.normalise(clean.to(device, non_blocking=True)), params, mask[0] if mask else None
-
-
-def build(config):
-    """The model of a configuration, with weights drawn from its seed."""
-    torch.manual_seed(config.seed)
-    return BeyondMasking(config.task, config.img_size, config.patch_size, config.embed_dim,
-                         config.depth, config.num_heads, config.decoder_dim, config.decoder_depth,
-                         config.decoder_heads)
-
-
-def start_from(model, path):
-    """--init FILE: our last.pt or encoder.safetensors, or the authors' pre-training checkpoint."""
-    if path.endswith(".safetensors"):
-        target, state = model.encoder, common.read_safetensors(path)
-    else:
-        target, state = model, common.read_weights(path, "model")
-    with common.init_errors(path):
-        if target is model and "decoder.positions" not in state:  # the authors save no tables
-            load_official(model, state)
-        else:
-            target.load_state_dict(state)
-
-
-def prepare(config, processes, init):
-    """The model on the device."""
-    model = build(config)
-    if init:
-        start_from(model, init)
-    return model.to(processes.device)
-
-
-def decays(name, parameter):
-    return common.decays(name, parameter) and name != "mask_token"  # [code]
-
-
-def find_images(config, **count):
-    """The images of --data; built-in ones are as large as the larger of view and clean image."""
-    size = max(config.img_size, *clean_size(config.task, config.img_size))
-    return common.find_data(config.data, "pretrain", size, **count)
-
-
-def train(config, run, processes):
+def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
-    device = processes.device
-    images = find_images(config)
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
-                            processes.world)
-    model = prepare(config, processes, "" if run.state else config.init)
+    device = dist.device
+    images = common.find_data(config.data, "pretrain", config.scene_size)
     samples = common.Samples(images, Augment(config), config.seed)
-    if common.uses_compile(device, config.compile):
-        for part in (model.encoder, model.decoder):
-            common.compile_blocks(part.blocks)
+    model = run.load(build(config)).to(device)
+    if config.preview:
+        return preview(config.preview, config, model, common.preview_batch(samples), device)
+    common.compile_blocks(config, device, model.encoder.blocks, model.decoder.blocks)
     groups = common.parameter_groups(model, config.weight_decay, decays)
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
-    if processes.main:
+    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
+                            dist.world)
+    if dist.is_main:
         data = f"{len(images):,} images in {images.name}"
-        describe(config, model, plan, processes, data, run.folder)
-    start = run.begin(processes, plan, model, optimizer, len(images))
-    parallel = model if processes.world == 1 else nn.parallel.DistributedDataParallel(
+        common.describe(config.facts, config, model, plan, dist, data, run.folder)
+    run.begin(dist, plan, samples, model, optimizer)
+    parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
-    save_every = config.save_every or plan.steps_per_epoch
-    batches = iter(common.training_loader(samples, plan, processes, config, start, run.stop))
 
     model.train()
-    for step in range(start, run.stop):
+    for step in run.steps():  # up to the last, or --max_steps, or a signal
         lr = common.learning_rate(step, config.peak_lr, warmup_steps, plan.total_steps,
                                   config.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        for micro in range(plan.accumulation):
-            clean, params, mask = inputs(run.next_batch(batches), device)
-            more_to_come = processes.world > 1 and micro < plan.accumulation - 1
-            with parallel.no_sync() if more_to_come else nullcontext():
-                with common.autocast(device, config.precision):
-                    loss, parts = parallel(clean, params, mask)
-                (loss / plan.accumulation).backward()
+        for micro, batch in enumerate(run.micro_batches()):
+            # Several processes add up their gradients once a step, in its last backward pass.
+            parallel.require_backward_grad_sync = micro == plan.accumulation - 1
+            with common.autocast(device, config.precision):
+                loss, parts = parallel(*inputs(batch, device))  # target, pred, loss: see `forward`
+            (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
 
-        # Logged, not clipped [code].
+        # For the log: nothing is clipped [code].
         grad_norm = nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None])
-        run.update(optimizer, grad_norm)  # skips a step whose gradient is not finite [D9]
+        if run.is_finite(grad_norm):  # otherwise the step is skipped, and counted
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        run.log(step + 1, lr, grad_norm)
-        stopping = run.stopping()
-        if (step + 1) % save_every == 0 or step + 1 == run.stop or stopping:
+        if run.log(step + 1, lr, grad_norm) and dist.is_main:  # time to save
             run.save(model, optimizer, step + 1, rgb_encoder(model.encoder))
-            if processes.main:
-                picture = run.folder / "preview.png"
-                preview(picture, config, model, common.preview_batch(samples), device)
-                model.train()
-        if stopping:
-            break
-    run.close()
+            picture = run.folder / "preview.png"
+            preview(picture, config, model, common.preview_batch(samples), device)
+            model.train()
 
 
 # --------------------------------------------------------------------------------------------------
 # Main
 
 
-def describe(config, model, plan, processes, data, folder):
-    """Prints the resolved recipe, with its numbers as equations."""
-    total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
-    hidden = f"{config.num_masked} of {config.grid**2} patches hidden"
-    clean, _ = clean_size(config.task, config.img_size)
-    print(f"model    Beyond Masking, {config.model}: {total:,} parameters, {encoder:,} of them in "
-          f"the encoder\n"
-          f"task     {config.task}: clean image {clean}, view {config.img_size}, "
-          f"{hidden if hides(config.task) else 'all patches visible'}\n"
-          f"data     {data}\n"
-          f"lr       {config.peak_lr:.2e} = {config.lr:.2e} x {config.batch_size} / 256\n"
-          f"{common.describe(config, plan, processes, folder)}", flush=True)
-
-
-def dry_run(config, folder):
-    """Prints recipe and cost without data, weights or a GPU: the model on torch's meta device."""
-    N, M = config.grid**2, config.num_masked
-    processes = common.Processes(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
-    plan = common.make_plan(1_281_167, config.batch_size, config.micro_batch, config.epochs,
-                            processes.world)
-    params = sample_params(config.task, 1, img_size=config.img_size)
-    params = {name: value.to("meta") for name, value in params.items()}
-    with torch.device("meta"):
-        model = build(config)
-        clean = torch.empty(1, 3, *clean_size(config.task, config.img_size))
-    mask = common.random_masks(1, N, M) if hides(config.task) else None
-    flops = common.count_flops(lambda: model(clean, params, mask)[0].backward())
-    # Saved activations under bf16: about 36 bytes per width, token and block (a rule of thumb).
-    activations = 36 * (config.embed_dim * (N - M) * config.depth
-                        + config.decoder_dim * N * config.decoder_depth)
-    weights = sum(p.numel() for p in model.parameters())
-    memory = (16 * weights + activations * plan.micro_batch) / 2**30
-    describe(config, model, plan, processes, "1,281,167 images assumed (ImageNet-1K)", folder)
-    print(f"cost     {flops / 1e9:.1f} GFLOP per image and step\n"
-          f"memory   roughly {memory:.1f} GiB per process in bf16\n"
-          f"recipe   {json.dumps(vars(config))}")
-
-
 def main(argv=None):
-    config = common.parse_config(Config, __doc__, SIZES, DEMO, argv)
-    name = f"{'demo' if config.demo else config.model}_{config.task}"
-    if config.demo:
-        name = name.removesuffix(f"_{Config.task}")  # the best practice's is runs/..._demo
-    out = config.out or f"runs/beyond_masking_{name}"
-    if config.dry_run:
-        return dry_run(config, out)
-    run = common.Run("beyond_masking", config, out)
-    if config.preview:
-        return draw(config, run)
-    if run.finished:
-        return print(f"the run in {run.folder}/ is finished, step {run.start}: preview.png, "
-                     "log.jsonl, encoder.safetensors, last.pt lie there; --fresh starts anew")
-    with common.processes(config.device) as processes:
-        train(config, run, processes)
-        if processes.main:
-            print(f"done: {run.folder}/ holds preview.png, log.jsonl, encoder.safetensors, last.pt")
-
-
-def draw(config, run):
-    """--preview: from last.pt if there is one, else from --init, else untrained."""
-    images = find_images(config, num_scenes=100)
-    with common.processes(config.device) as processes:
-        model = prepare(config, processes, "" if run.state else config.init)
-        if run.state:
-            model.load_state_dict(run.state["model"])
-        batch = common.preview_batch(common.Samples(images, Augment(config), config.seed))
-        preview(config.preview, config, model, batch, processes.device)
-    weights = run.checkpoint if run.state else config.init or "untrained weights"
-    print(f"drew {config.preview} from {weights}")
+    config = common.parse_config(Config, __doc__, SIZES, DEMO, argv, DEPENDS)
+    common.main(METHOD, config, example, train)
 
 
 if __name__ == "__main__":

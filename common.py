@@ -1,33 +1,28 @@
-"""The ground that the method files stand on: a ViT, masks, data, the plumbing of a training run.
+"""What the method files share: a ViT, masks, data, and the plumbing of a training run.
 
-It names no method and calls nothing back: whatever differs between the papers (corruption, target,
-loss, initialisation, recipe, loop) stands in the method files. Each piece can be lifted out alone.
+It calls nothing back and knows no paper: whatever differs between the methods (corruption, target,
+loss, initialisation, recipe, loop) stands in their files. Each piece can be lifted out alone.
+1 ViT, 2 patches and masks, 3 randomness, 4 data; from there on plumbing, which changes nothing of
+what is learnt: 5 processes, 6 optimisation, 7 files, 8 run, 9 pictures, 10 command line.
 
-    1  ViT               the encoder, with the state-dict keys of timm's VisionTransformer
-    2  patches, masks    patchify, sin-cos tables, which tokens are hidden
-    3  randomness        every draw is a pure function of (seed, where in the run): nothing to save
-    4  data              any folder of images, ImageNet's layout, CIFAR-10, the built-in scenes
-    5  processes         rank, world, device; plain `python` is one process, torchrun is many
-    6  optimisation      parameter groups, learning rate as a function of the step, micro batches
-    7  run folder        atomic checkpoints, resume by the same command, the log
-    8  pictures          labelled panels, a colour map
-    9  command line      a frozen dataclass is the whole command line
+Decisions that all methods share:
+  bf16 autocast without a loss scaler, where released code has fp16 with one: bf16 has fp32's range.
+  Augmentation works on uint8 tensors instead of PIL images, equal up to rounding.
+  A step whose gradient is not finite is skipped and counted, as a loss scaler would do.
+  Draws have no state (section 3); released code seeds one generator per process.
 
-Dimension key: B batch, C channels, H W image height and width, P patch side, N patches, V visible,
-M masked, D width, K picked tokens.
+Dimension key: B batch, C channels, H W image height and width, P Q patch height and width,
+N patches, V visible, M masked, D width, K gathered tokens.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,38 +30,25 @@ import time
 import typing
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torchvision import datasets
+from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VERSION = 1  # of the files written here
+PEAK_FLOPS = dict(A100=312e12, H100=989e12, H200=989e12)  # dense bf16, as the maker states
 
-
-# --------------------------------------------------------------------------------------------------
-# 1  ViT
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole samples, and rescales the kept ones."""
-
-    def __init__(self, rate=0.0):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):
-        if not self.training or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+# ---- 1  ViT --------------------------------------------------------------------------------------
 
 
 class LayerScale(nn.Module):
@@ -110,7 +92,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x))."""
+    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x)).
+
+    `drop_path`: how often a branch is left out in training, for a whole sample (stochastic depth).
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, init_values=None, drop_path=0.0):
         super().__init__()
@@ -121,7 +106,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = scale()
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x):
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
@@ -136,7 +121,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
 
     def forward(self, patches):
-        """(B, V, C*P*P) flattened patches to (B, V, D): a convolution whose kernel is its stride is
+        """(B, V, C*P*Q) flattened patches to (B, V, D): a convolution whose kernel is its stride is
         a matrix product per patch, so hidden patches need not be embedded at all."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
@@ -147,7 +132,7 @@ class ViT(nn.Module):
     Pre-norm, LayerNorm eps 1e-6, exact GELU. Sizes and patch may be `(H, W)` pairs, any number of
     channels works. The position table is fixed (no gradient) and starts as sin-cos, column first;
     a method with another table calls `set_positions`. Linear layers start Xavier-uniform with zero
-    biases, the class token from N(0, 0.02), as in MAE [code]; a method that differs says so itself.
+    biases, the class token from N(0, 0.02); a method that differs initialises anew.
     Raises ValueError for an image that the patch does not tile, heads that do not divide the width.
     """
 
@@ -161,10 +146,10 @@ class ViT(nn.Module):
                              f"{self.patch_size}")
         self.grid = tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
         # What a file must carry so that the same encoder can be built again.
-        self.config = dict(img_size=list(self.img_size), patch_size=list(self.patch_size),
-                           in_chans=in_chans, embed_dim=embed_dim, depth=depth,
-                           num_heads=num_heads, mlp_ratio=mlp_ratio, class_token=class_token,
-                           init_values=init_values)
+        self.config = dict(
+            img_size=list(self.img_size), patch_size=list(self.patch_size), in_chans=in_chans,
+            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+            class_token=class_token, init_values=init_values)
         tokens = math.prod(self.grid) + class_token
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -185,41 +170,43 @@ class ViT(nn.Module):
             self.pos_embed.zero_()
             self.pos_embed[0, -len(table):] = table.to(self.pos_embed)
 
-    def embed(self, images, mask=None):
-        """(B, C, H, W) images to (B, 1+V, D) tokens before the first block."""
-        expected = (self.config["in_chans"], *self.img_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+    def embed(self, images, mask=None, ids_keep=None):
+        """(B, C, H, W) images to (B, 1+V, D) tokens before the first block. The visible patches are
+        told by `mask` (B, N), or by their ids (B, V) if these are there already; else all are."""
+        C, H, W = self.config["in_chans"], *self.img_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (C, H, W):
             raise ValueError(f"images of shape {tuple(images.shape)} were given, this ViT expects "
-                             f"(B, {expected[0]}, {expected[1]}, {expected[2]})")
+                             f"(B, {C}, {H}, {W})")
         P, Q = self.patch_size
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=Q)  # (B, N, C*P*P)
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=Q)  # (B, N, C*P*Q)
         positions = self.pos_embed[:, -patches.shape[1]:].expand(len(images), -1, -1)  # (B, N, D)
         if mask is not None:
-            visible_ids = split_ids(mask)[0].to(images.device, non_blocking=True)  # (B, V)
-            patches, positions = pick(patches, visible_ids), pick(positions, visible_ids)
+            ids_keep, _ = mask_to_ids(mask, images.device)  # (B, V), (B, M)
+        if ids_keep is not None:
+            patches, positions = gather(patches, ids_keep), gather(positions, ids_keep)
         x = self.patch_embed(patches) + positions  # (B, V, D)
         if self.cls_token is None:
             return x
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # (B, 1, D)
         return torch.cat([cls, x], dim=1)  # (B, 1+V, D)
 
-    def forward(self, images, mask=None):
+    def forward(self, images, mask=None, ids_keep=None):
         """Images (B, C, H, W), mask (B, N) bool with True = hidden, to normed tokens (B, 1+V, D).
 
         Only visible tokens are computed, in ascending patch order, class token first.
         """
-        x = self.embed(images, mask)
+        x = self.embed(images, mask, ids_keep)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def layers(self, images, indices, mask=None, norm=False):
+    def layers(self, images, indices, mask=None, norm=False, ids_keep=None):
         """Outputs of the blocks in `indices` (0-based, negative counts from the end), each
         (B, 1+V, D), with the final norm applied if `norm`."""
         depth = len(self.blocks)
         if not all(-depth <= index < depth for index in indices):
             raise ValueError(f"block indices {list(indices)} are outside a depth of {depth}")
-        x, outputs = self.embed(images, mask), []
+        x, outputs = self.embed(images, mask, ids_keep), []
         for block in self.blocks:
             x = block(x)
             outputs.append(x)
@@ -254,30 +241,17 @@ def freeze_key_bias(vit):
         block.attn.qkv.bias.register_hook(zero_key_third)
 
 
-def compile_blocks(blocks):
-    """torch.compile per block, in place: state-dict keys stay clean, equal blocks share a program.
-
-    Stochastic depth makes them unequal, by its rate; beyond its limit of programs, which is 8,
-    torch would leave all further blocks as they are, tests included, with no more than a warning.
-    """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
-    for block in blocks:
-        block.compile()
-
-
-# --------------------------------------------------------------------------------------------------
-# 2  patches, masks
+# ---- 2  patches and masks ------------------------------------------------------------------------
 
 
 def patchify(images, patch_size):
-    """(B, C, H, W) to (B, N, P*P*C): patches in raster order, each as (row, column, channel)."""
+    """(B, C, H, W) to (B, N, P*Q*C): patches in raster order, each as (row, column, channel)."""
     P, Q = pair(patch_size)
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=P, q=Q)
 
 
 def unpatchify(tokens, patch_size, grid):
-    """The inverse of `patchify`: (B, N, P*P*C) and the grid (rows, columns) to (B, C, H, W)."""
+    """The inverse of `patchify`: (B, N, P*Q*C) and the grid (rows, columns) to (B, C, H, W)."""
     (P, Q), (h, w) = pair(patch_size), pair(grid)
     return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", p=P, q=Q, h=h, w=w)
 
@@ -287,21 +261,17 @@ def sincos_2d(dim, grid, first="column"):
 
     With frequencies w_k = 10000^(-k / (dim/4)), k = 0 .. dim/4-1, one half of the width is
     [sin(c w), cos(c w)] of one integer coordinate, the other half that of the other one. Both
-    orders exist: `first="column"` in facebookresearch/mae, `first="row"` in mmpretrain and CAE.
+    orders exist in the wild, `first="column"` and `first="row"`; an encoder needs its own one.
     """
     if dim % 4:
         raise ValueError(f"a 2-D sin-cos table needs a width that is a multiple of 4, not {dim}")
     if first not in ("column", "row"):
         raise ValueError(f"first is 'column' or 'row', not {first!r}")
-    rows, columns = pair(grid)
     omega = 10000.0 ** (-torch.arange(dim // 4, device="cpu") / (dim / 4))  # (dim/4,)
-    row, column = torch.meshgrid(torch.arange(rows, device="cpu"),
-                                 torch.arange(columns, device="cpu"), indexing="ij")
-    halves = []
-    for coordinate in (column, row) if first == "column" else (row, column):
-        angles = coordinate.flatten()[:, None] * omega  # (N, dim/4)
-        halves += [angles.sin(), angles.cos()]
-    return torch.cat(halves, dim=1)  # (N, dim)
+    row, column = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in pair(grid))).T
+    x, y = (place[:, None] * omega  # (N, dim/4)
+            for place in ((column, row) if first == "column" else (row, column)))
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (N, dim)
 
 
 def sinusoid_1d(dim, num_patches):
@@ -314,22 +284,21 @@ def sinusoid_1d(dim, num_patches):
 
 
 def random_masks(batch, num_patches, num_masked, generator=None):
-    """(batch, num_patches) bool, True = hidden: `num_masked` random patches in every row."""
-    check_num_masked(num_masked, num_patches)
-    noise = torch.rand(batch, num_patches, generator=generator)
-    return noise.argsort(dim=1).argsort(dim=1) < num_masked
-
-
-def check_num_masked(num_masked, num_patches):
+    """(batch, num_patches) bool, True = hidden: `num_masked` random patches in every row.
+    Raises ValueError for a count outside 0 .. num_patches - 1."""
     if not 0 <= num_masked < num_patches:
         raise ValueError(f"{num_masked} hidden patches were asked for, {num_patches} patches allow "
                          f"0 to {num_patches - 1}")
+    noise = torch.rand(batch, num_patches, generator=generator, device="cpu")
+    rank = noise.argsort(dim=1).argsort(dim=1)  # the place of each patch in a random order
+    return rank < num_masked
 
 
-def split_ids(mask):
-    """(B, N) bool mask to visible_ids (B, V) and masked_ids (B, M), both ascending.
+def mask_to_ids(mask, device):
+    """(B, N) bool mask to ids_keep (B, V) and ids_masked (B, M), both ascending, on `device`.
 
-    A mask on the CPU (where the loader makes it) costs the GPU no synchronisation.
+    The mask itself stays on the CPU, where the loader makes it: asking a GPU how many patches are
+    hidden would make the CPU wait for it.
     Raises ValueError unless every row hides the same number of patches.
     """
     num_masked = mask.sum(dim=1)
@@ -337,17 +306,17 @@ def split_ids(mask):
     if not bool((num_masked == M).all()):
         raise ValueError("every row of a mask must hide the same number of patches, "
                          f"got {num_masked.tolist()}")
-    order = mask.byte().argsort(dim=1, stable=True)  # (B, N)
+    order = mask.byte().argsort(dim=1, stable=True)  # (B, N) visible patches first
+    order = order.to(device, non_blocking=True)
     return order[:, : mask.shape[1] - M], order[:, mask.shape[1] - M:]
 
 
-def pick(tokens, ids):
+def gather(tokens, ids):
     """tokens (B, N, D) at ids (B, K): (B, K, D)."""
-    return torch.take_along_dim(tokens, ids[:, :, None], dim=1)
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-# --------------------------------------------------------------------------------------------------
-# 3  randomness
+# ---- 3  randomness -------------------------------------------------------------------------------
 
 
 def seed_for(*key):
@@ -355,8 +324,7 @@ def seed_for(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# --------------------------------------------------------------------------------------------------
-# 4  data
+# ---- 4  data -------------------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
@@ -364,32 +332,26 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 class Images(torch.utils.data.Dataset):
     """Images with optional labels: `dataset[index]` is (uint8 image (3, H, W), label or -1).
 
-    `source` is a list of files, or a uint8 tensor (n, 3, H, W). File names are held as two tensors:
+    `source` is a list of files, or a uint8 tensor (n, 3, H, W). File names are one array of bytes:
     a list of a million strings would be copied into every worker, as Python counts references.
     """
 
     def __init__(self, source, labels=None, classes=(), name=""):
-        self.name, self.classes, self.pixels = name, tuple(classes), None
+        self.name, self.classes = name, tuple(classes)
         self.labels = torch.as_tensor(labels) if labels is not None else None
-        if isinstance(source, torch.Tensor):
-            self.pixels = source
-        else:
-            encoded = [os.fsencode(path) for path in source]
-            self.names = torch.frombuffer(bytearray(b"".join(encoded) or b" "), dtype=torch.uint8)
-            self.ends = torch.tensor([len(path) for path in encoded]).cumsum(0)
+        self.pixels = source if isinstance(source, torch.Tensor) else None
+        self.files = np.array([os.fsencode(path) for path in source] if self.pixels is None else [])
 
     def __len__(self):
-        return len(self.pixels) if self.pixels is not None else len(self.ends)
+        return len(self.files if self.pixels is None else self.pixels)
 
     def path(self, index):
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.names[start: int(self.ends[index])].numpy().tobytes())
+        """The file of an image, as a string."""
+        return os.fsdecode(self.files[index])
 
     def __getitem__(self, index):
-        label = int(self.labels[index]) if self.labels is not None else -1
-        if self.pixels is not None:
-            return self.pixels[index], label
-        return read_image(self.path(index)), label
+        image = read_image(self.path(index)) if self.pixels is None else self.pixels[index]
+        return image, int(self.labels[index]) if self.labels is not None else -1
 
 
 def read_image(path):
@@ -403,13 +365,12 @@ def read_image(path):
                          "replace or remove the file") from error
 
 
-def find_data(spec, split, img_size=32, num_scenes=16_000):
+def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
-    SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
-    folder: ImageNet's layout (train/ and val/, validation/ or test/, with a folder per class; val/
-    also flat with a list, see `listed_labels`), or, for pre-training, any folder of images, flat or
-    nested. Empty: $IMAGENET or data/imagenet.
+    SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a folder
+    of images, flat or nested: of ImageNet's layout train/, and val/, validation/ or test/ (what has
+    labels there is eval/data.py's business). Empty: $IMAGENET or data/imagenet.
     Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
     """
     if spec == "scenes":
@@ -424,70 +385,17 @@ def find_data(spec, split, img_size=32, num_scenes=16_000):
     names = ("val", "validation", "test") if split == "val" else ("train",)
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None and split != "pretrain":
-        raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images to "
-                                f"{'test on' if split == 'val' else 'learn from'}, by class")
-    folder = folder or root
-    files = list_images(folder)
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
-    if split == "pretrain":
-        images = Images(files, name=str(folder))
-    else:
-        tops = [os.path.relpath(path, folder).split(os.sep) for path in files]
-        loose = next((path for path, parts in zip(files, tops) if len(parts) == 1), None)
-        names = [parts[0] for parts in tops]
-        if loose and split == "val" and all(len(parts) == 1 for parts in tops):
-            names = listed_labels(files, folder)
-        elif loose:
-            raise ValueError(f"{loose} lies outside the class folders of {folder}: "
-                             "give each class a folder of its own")
-        ids = {name: index for index, name in enumerate(sorted(set(names)))}
-        images = Images(files, [ids[name] for name in names], ids, name=str(folder))
-    images[0]
-    return images
-
-
-def listed_labels(files, folder):
-    """The class names of the images in a flat validation folder, from the list that comes with it.
-
-    The list is LOC_val_solution.csv, val.txt, or the folder's one .txt or .csv file; the first two
-    may lie beside the folder too. The first two words of a line are a file name (the ending may be
-    missing) and a class: its name (WNID), or its place among the sorted folders of train/, from 0.
-    Raises FileNotFoundError or ValueError unless every image has one line, and every line an image.
-    """
-    known = [where / name for where in (folder, folder.parent)
-             for name in ("LOC_val_solution.csv", "val.txt") if (where / name).is_file()]
-    texts = [path for path in sorted(folder.iterdir()) if path.suffix in (".txt", ".csv")]
-    if not known and len(texts) != 1:
-        raise FileNotFoundError(
-            f"{folder} holds images without class folders, and no list of their classes: put "
-            "LOC_val_solution.csv or val.txt (lines of file name and class) into it")
-    path = (known or texts)[0]
-    lines = [re.split(r"[,\s]+", line.strip()) for line in path.read_text().splitlines()]
-    listed = {Path(words[0]).stem: words[1] for words in lines if len(words) > 1 and words[1]}
-    if "ImageId" in listed:
-        del listed["ImageId"]  # the head of LOC_val_solution.csv
-    stems = [Path(file).stem for file in files]
-    odd = sorted(set(stems) ^ listed.keys())
-    if odd:
-        where = "the list only" if odd[0] in listed else "the folder only"
-        raise ValueError(f"the list {path} names {len(listed)} images and {folder} holds "
-                         f"{len(stems)}; {odd[0]} is in {where}: use the list of these images")
-    train = folder.parent / "train"
-    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
-    if set(listed.values()) <= set(classes) or not all(map(str.isdigit, listed.values())):
-        return [listed[stem] for stem in stems]
-    wrong = next((name for name in listed.values() if int(name) >= len(classes)), None)
-    if wrong:
-        raise ValueError(f"the list {path} holds the class index {wrong}, and the {len(classes)} "
-                         f"class folders of {train} are counted from 0: use a list that fits them")
-    return [classes[int(listed[stem])] for stem in stems]
+        raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class")
+    files = list_images(folder or root)
+    read_image(files[0])
+    return Images(files, name=str(folder or root))
 
 
 def list_images(folder):
     """All image files below `folder`, sorted: every process and every run sees the same order.
 
-    Raises OSError for a folder that may not be read, which would else be missing without a word.
+    Raises FileNotFoundError if there is none, and OSError for a folder that may not be read: a part
+    of the data would otherwise be missing silently.
     """
     def refuse(error):
         raise error
@@ -497,29 +405,31 @@ def list_images(folder):
         folders.sort()
         found += [os.path.join(path, file) for file in sorted(files)
                   if file.lower().endswith(EXTENSIONS) and not file.startswith(".")]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
     return found
 
 
 def scenes_data(split, img_size, num_scenes):
+    """The built-in images of a split, with labels."""
     try:
         from demo.scenes import CLASSES, SEEDS, make_scenes
     except ImportError as error:
         raise FileNotFoundError("--data scenes needs the folder demo/ beside common.py: "
                                 "copy it along, or give --data FOLDER") from error
-    counts = {"pretrain": num_scenes, "train": 3_000, "val": 1_500}
-    scenes = make_scenes(counts[split], size=img_size, seed=SEEDS[split])
+    count = {"pretrain": num_scenes, "train": 3_000, "val": 1_500}[split]
+    scenes = make_scenes(count, size=img_size, seed=SEEDS[split])
     return Images(scenes.images, scenes.labels, CLASSES, name=f"scenes ({split})")
 
 
 def cifar10_data(split):
+    """CIFAR-10's training or test images, with labels."""
     root = os.environ.get("CIFAR10") or "data"
     try:
         data = datasets.CIFAR10(root, train=split != "val")
     except RuntimeError as error:
-        raise FileNotFoundError(
-            f"no CIFAR-10 under {root}: set the variable CIFAR10 to the folder that holds "
-            "cifar-10-batches-py, or fetch it with python -c \"import torchvision; "
-            f"torchvision.datasets.CIFAR10('{root}', download=True)\"") from error
+        raise FileNotFoundError(f"no CIFAR-10 under {root} ($CIFAR10, else data/): torchvision."
+                                f"datasets.CIFAR10('{root}', download=True) fetches it") from error
     pixels = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w")
     return Images(pixels, data.targets, data.classes, "cifar10")
 
@@ -528,8 +438,8 @@ class Samples(torch.utils.data.Dataset):
     """Training samples: `samples[epoch, index]` is `transform(*images[index])`, so image and label.
 
     The transform draws from torch's default generator, seeded per (seed, epoch, index): a sample is
-    the same in whatever worker, rank or order it is made. A file that cannot be read must not end a
-    run in the middle of the night: the next file stands in for it, and a line on stderr names it.
+    the same in whatever worker, rank or order it is made. (With no workers that is the training
+    process's own generator: what is drawn in a loop must be seeded there, too.)
     """
 
     def __init__(self, images, transform, seed):
@@ -537,49 +447,39 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        for substitute in range(10):
-            try:
-                sample = self.images[(index + substitute) % len(self.images)]
-                break
-            except ValueError as error:
-                if substitute == 9:
-                    raise
-                sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
+        sample = self._read(index)
         torch.default_generator.manual_seed(seed_for(self.seed, "sample", epoch, index))
         return self.transform(*sample)
 
+    def _read(self, index, tries=10):
+        """An image that cannot be read must not end a run in the middle of the night: the next one
+        stands in for it, and a line on stderr names it."""
+        try:
+            return self.images[index % len(self.images)]
+        except ValueError as error:
+            if tries == 1:
+                raise
+            sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
+            return self._read(index + 1, tries - 1)
 
-class MicroBatches(torch.utils.data.Sampler):
-    """For steps start..stop-1, the (epoch, index) keys of this rank's micro batches, a list each.
+
+def micro_batch_keys(num_images, plan, dist, seed, start, stop):
+    """For steps start .. stop-1, yields lists of (epoch, index): this rank's micro batches.
 
     A step's global batch is a slice of the epoch's permutation; its rows are dealt out micro batch
     by micro batch, so 1 rank x 8 micro batches, 2 x 4 and 8 x 1 see the same images. The incomplete
     last batch of an epoch is dropped. One iterator runs through all epochs: workers start once.
     """
-
-    def __init__(self, num_images, plan, processes, seed, start, stop):
-        self.num_images, self.plan, self.processes = num_images, plan, processes
-        self.seed, self.start, self.stop = seed, start, stop
-
-    def __iter__(self):
-        permuted = None
-        for step in range(self.start, self.stop):
-            epoch, position = divmod(step, self.plan.steps_per_epoch)
-            if epoch != permuted:
-                generator = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
-                order, permuted = torch.randperm(self.num_images, generator=generator), epoch
-            first = position * self.plan.batch_size
-            rows = order[first: first + self.plan.batch_size].tolist()
-            for micro in range(self.plan.accumulation):
-                first = self.plan.first_row(micro, self.processes)
-                yield [(epoch, index) for index in rows[first: first + self.plan.micro_batch]]
-
-
-def own_group(worker_id):
-    """For a loader's worker: torchrun and a terminal signal the whole process group, but how a run
-    stops is the main process's business, which would only see its workers die."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    permuted = None
+    for step in range(start, stop):
+        epoch, position = divmod(step, plan.steps_per_epoch)
+        if epoch != permuted:
+            generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
+            order, permuted = torch.randperm(num_images, generator=generator), epoch
+        rows = order[position * plan.batch_size:][: plan.batch_size].tolist()
+        for micro in range(plan.accumulation):
+            first = plan.first_row(micro, dist)
+            yield [(epoch, index) for index in rows[first: first + plan.micro_batch]]
 
 
 def preview_batch(samples, count=6):
@@ -589,37 +489,28 @@ def preview_batch(samples, count=6):
     return torch.utils.data.default_collate([samples[key] for key in keys])
 
 
-def training_loader(samples, plan, processes, config, start, stop, collate=None):
-    """A DataLoader over this rank's micro batches, from step `start` to before step `stop`.
-
-    Warns where the workers' batches may not fit in shared memory, which kills them without a word.
-    """
-    keys = MicroBatches(len(samples.images), plan, processes, config.seed, start, stop)
-    if config.workers and os.path.isdir("/dev/shm") and processes.main:
-        tensors = [value for value in samples[0, 0] if isinstance(value, torch.Tensor)]
-        size = sum(tensor.nbytes for tensor in tensors) * plan.micro_batch / 2**30
-        need = 2 * size * config.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        free = shutil.disk_usage("/dev/shm").free / 2**30
-        if need > free:
-            print(f"warning: the loader may need {need:.1f} GiB of shared memory, /dev/shm has "
-                  f"{free:.1f}: lower --workers, or raise docker's --shm-size", file=sys.stderr)
-    return torch.utils.data.DataLoader(
-        samples, batch_sampler=keys, num_workers=config.workers, worker_init_fn=own_group,
-        pin_memory=processes.device.type == "cuda", collate_fn=collate)
-
-
 def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """uint8 images (B, 3, H, W) to float32, with the mean and std given for the range 0..1."""
     mean, std = (torch.tensor(value, device=images.device)[:, None, None] for value in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
-# --------------------------------------------------------------------------------------------------
-# 5  processes
+def unnormalise(images):
+    """Normalised images (B, 3, H, W) back to the range 0..1."""
+    mean, std = (images.new_tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return images * std + mean
+
+
+# ==================================================================================================
+# From here on plumbing: nothing below changes what is learnt.
+# ==================================================================================================
+
+
+# ---- 5  processes --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Processes:
+class Dist:
     """The three facts of distributed training, and what follows from them."""
 
     rank: int
@@ -627,47 +518,39 @@ class Processes:
     device: torch.device
 
     @property
-    def main(self):
+    def is_main(self):
         """Only this process prints, saves and draws."""
         return self.rank == 0
 
-    def wait(self):
-        if self.world > 1:
-            torch.distributed.barrier()
-
-    def sum(self, tensor):
-        """The sum of a tensor over all processes."""
+    def all_reduce(self, tensor):
+        """The sum of a tensor over all processes, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
 
 @contextlib.contextmanager
-def processes(device="auto"):
-    """Joins the processes that torchrun started, or is one process under plain `python`."""
+def distributed(device="auto"):
+    """Yields the `Dist` of this process: one of those that torchrun started, or the only one."""
     rank, world, local = (int(os.environ.get(name, default))
                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} finds {torch.cuda.device_count()} GPUs on this "
-                             "machine: start fewer (--nproc_per_node) or give --device cpu")
-        torch.cuda.set_device(local)
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps was given, but this machine has no MPS: use --device cpu")
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield Processes(rank, world, torch.device(device, local if device == "cuda" else None))
-    finally:
-        if world > 1:
-            torch.distributed.destroy_process_group()
+    if device == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} finds {torch.cuda.device_count()} GPUs on this machine: "
+                         "start fewer (--nproc_per_node) or give --device cpu")
+    gpu = torch.device("cuda", local) if device == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
+    if world > 1:  # gloo beside NCCL: what processes agree on need not wait for a GPU
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu)
+    yield Dist(rank, world, gpu or torch.device(device))
+    if world > 1:  # not after an error: NCCL would wait for the others, who wait for this process
+        torch.distributed.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------
-# 6  optimisation
+# ---- 6  optimisation -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -680,25 +563,22 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
 
-    def first_row(self, micro, processes):
+    def first_row(self, micro, dist):
         """The row of the global batch at which this rank's micro batch begins."""
-        return (micro * processes.world + processes.rank) * self.micro_batch
+        return (micro * dist.world + dist.rank) * self.micro_batch
 
 
 def make_plan(num_images, batch_size, micro_batch, epochs, world):
     """The `Plan` of a run. `micro_batch` 0: the largest divisor of a process's share up to 256.
-
-    Raises ValueError for a batch that the processes cannot share or the data cannot fill.
-    """
+    Raises ValueError for a batch that the processes cannot share or the data cannot fill."""
     if batch_size > num_images:
         raise ValueError(f"the data hold {num_images} images, less than one batch of {batch_size}: "
                          f"give --batch_size {num_images} or less")
-    if batch_size % world:
+    share, rest = divmod(batch_size, world)
+    if rest:
         raise ValueError(f"--batch_size {batch_size} is not a multiple of {world} processes")
-    share = batch_size // world
     divisors = [size for size in range(1, share + 1) if share % size == 0]
-    if not micro_batch:
-        micro_batch = max(size for size in divisors if size <= 256)
+    micro_batch = micro_batch or max(size for size in divisors if size <= 256)
     if micro_batch not in divisors:
         nearest = min(divisors, key=lambda size: abs(size - micro_batch))
         raise ValueError(f"--micro_batch {micro_batch} does not divide the {share} images of a "
@@ -707,12 +587,12 @@ def make_plan(num_images, batch_size, micro_batch, epochs, world):
     return Plan(batch_size, micro_batch, share // micro_batch, steps, epochs * steps)
 
 
-def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0, start=0.0):
-    """Linear from `start` to `peak` in step warmup_steps - 1, then half a cosine to `floor`."""
+def learning_rate(step, peak, warmup_steps, total_steps, end=0.0, start=0.0):
+    """Linear from `start` to `peak` in step warmup_steps - 1, then half a cosine to `end`."""
     if step < warmup_steps:
         return start + (peak - start) * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def decays(name, parameter):
@@ -722,38 +602,33 @@ def decays(name, parameter):
 
 def parameter_groups(model, weight_decay, decays=decays):
     """AdamW groups of the trainable parameters: those that decay, and the rest."""
-    decay, rest = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decay if decays(name, parameter) else rest).append(parameter)
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-
-
-def autocast(device, precision):
-    """Autocast for the forward pass; bf16 has fp32's range, so there is no loss scaler."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+    trained = [item for item in model.named_parameters() if item[1].requires_grad]
+    groups = [[p for name, p in trained if decays(name, p) == wanted] for wanted in (True, False)]
+    return [dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)]
 
 
 def uses_bf16(device, precision):
-    """`auto` means bf16 on a GPU, fp32 elsewhere."""
+    """`--precision auto` means bf16 on a GPU, fp32 elsewhere."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def uses_compile(device, choice):
-    """`auto` means torch.compile on a GPU, none elsewhere."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")
+def autocast(device, precision):
+    """bf16 or not, for the forward pass alone."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
-def count_flops(run):
-    """Floating-point operations of `run()`, by torch's counter; works on the meta device too."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def compile_blocks(config, device, *stacks):
+    """torch.compile per block, in place: state-dict keys stay clean, equal blocks share a program.
+    Stochastic depth makes them unequal, by its rate; beyond its limit of programs, which is 8 and
+    has no public name, torch would leave further blocks as they are, with no more than a warning."""
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        blocks, limits = [block for stack in stacks for block in stack], torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+        for block in blocks:
+            block.compile()
 
 
-# --------------------------------------------------------------------------------------------------
-# 7  run folder
+# ---- 7  files ------------------------------------------------------------------------------------
 
 
 def write_atomically(path, write):
@@ -766,95 +641,76 @@ def write_atomically(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk, say, which tells no name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        why = getattr(error, "strerror", None) or "cannot be written, the disk may be full"
+        raise OSError(getattr(error, "errno", None), why, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_state(state, path):
-    """torch.save, with the OSError of a full disk as such; torch makes a RuntimeError of it."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        raise OSError(errno.EIO, "cannot be written, the disk may be full", str(path)) from error
 
 
 def save_encoder(vit, path, **info):
     """Writes a ViT as safetensors under timm's names; metadata: its configuration and `info`."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in vit.state_dict().items()}
     # One key: safetensors writes several in random order, and equal runs should give equal files.
-    about = dict(kind="encoder", version=VERSION, **info, config=vit.config)
-    metadata = dict(about=json.dumps(about))
-    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
+    about = json.dumps(dict(kind="encoder", version=VERSION, **info, config=vit.config))
+    write_atomically(path, lambda file: file.write_bytes(save(tensors, dict(about=about))))
 
 
 def read_checkpoint(path):
-    """A .pt or .pth file as a dict of plain data. Raises FileNotFoundError or ValueError.
-
-    Published MAE and CAE files carry an argparse.Namespace, which is allowed; nothing else is.
-    """
+    """A .safetensors, .pt or .pth file as a dict of tensors and plain data, and of the
+    argparse.Namespace that published files carry. Code in it is not run, but refused by name.
+    Raises FileNotFoundError or ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a dozen types for files that are not its own
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (str(error).strip() or "it is empty or cut off").splitlines()[0]
-        if refused:
-            reason = (f"it holds an object of type {refused[1]}, which could run code; only tensors"
-                      " and plain data are read, so save the weights alone")
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
-    return state
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        why = (f"an object of type {code[1]} in it could run code; save the weights alone" if code
+               else "it is cut off, or of another kind than its name says")
+        raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from error
 
 
-def read_weights(path, *keys):
-    """The state dict in a .pt or .pth file: under the first of `keys` there, or the file itself."""
-    state = read_checkpoint(path)
-    state = next((state[key] for key in keys if key in state), state)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} holds no weights by name")
-    return state
-
-
-def reason(error):
-    """The first informative line of load_state_dict's long message."""
-    return str(error).splitlines()[1].strip()[:200]
-
-
-@contextlib.contextmanager
-def init_errors(path):
-    """Makes one sentence that names --init of what is wrong with the weights loaded within it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"--init {path}: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"--init {path} does not fit this model: {reason(error)}") from error
-
-
-def read_safetensors(path):
-    """A .safetensors file as a dict of tensors. Raises FileNotFoundError or ValueError."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
+def load_init(model, path):
+    """--init: our own last.pt, or an encoder.safetensors, which leaves everything else as it is, or
+    a run's folder. A fixed position table for another image size stays as the model made it.
+    Raises FileNotFoundError or ValueError for any other file."""
+    path = Path(path).expanduser()
+    inside = [path / name for name in ("last.pt", "encoder.safetensors") if (path / name).exists()]
+    path = inside[0] if inside else path
+    state, part = read_checkpoint(path), model
+    if path.suffix == ".safetensors":
+        part = model.encoder
+        print(f"--init {path}: the encoder; everything else starts from the seed")
+    elif state.get("kind") == "pretraining":
+        state = state["model"]
+    own = part.state_dict()
+    if state.keys() != own.keys():
+        raise ValueError(f"--init {path} is neither a last.pt of this method nor an encoder."
+                         f"safetensors: `python -m eval.encoders {path} NEW.safetensors` makes one "
+                         "of what others publish")
+    for name, tensor in own.items():
+        if state[name].shape != tensor.shape and "pos" in name:
+            state[name] = tensor
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"--init {path} does not fit this model: {name} is "
+                             f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here")
+    part.load_state_dict(state)
 
 
 def commit():
     """The commit of this code, such as 84e6c24 or 84e6c24-dirty; None where git knows none."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
         return None
 
+
+# ---- 8  run --------------------------------------------------------------------------------------
 
 # What may differ when the same command starts again; any other changed field stops.
 MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "max_steps",
@@ -862,9 +718,10 @@ MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "ma
 
 
 class Run:
-    """The folder of a run: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png.
+    """The folder of a run, and what every training loop needs: its steps, its batches, its log.
 
-    `state` is the content of last.pt, or None in a new folder. Nothing is written before `begin`.
+    Files: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png. `state` is the content
+    of last.pt, or None in a new folder. Nothing is written before `begin`.
     """
 
     def __init__(self, method, config, out, kind="pretraining"):
@@ -873,13 +730,13 @@ class Run:
         while config.fresh and self.folder.exists():
             number += 1
             self.folder = Path(f"{out}-{number}")
-        self.checkpoint, self.state = self.folder / "last.pt", None
-        if self.checkpoint.exists():
-            self.state = read_checkpoint(self.checkpoint)
+        self.checkpoint = self.folder / "last.pt"
+        self.state = read_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        self.start, self.finished = 0, False
+        if self.state:
             self._check_same_run()
-        self.start = self.state["step"] if self.state else 0
-        total = self.state["total_steps"] if self.state else math.inf
-        self.finished = self.start >= min(config.max_steps or total, total)
+            self.start, total = self.state["step"], self.state["total_steps"]
+            self.finished = self.start >= min(config.max_steps or total, total)
 
     def _check_same_run(self):
         if self.state.get("method") != self.method:
@@ -891,70 +748,76 @@ class Run:
                     f"--{name} was {before!r} when the run in {self.folder} started and is {now!r} "
                     "now: give the old value to go on, or --fresh or another --out for a new run")
 
-    def begin(self, processes, plan, model, optimizer, num_images):
-        """Restores an interrupted run, writes config.json, trims the log; gives the first step."""
-        self.processes, self.plan, self.num_images = processes, plan, num_images
+    def load(self, model):
+        """The model with the weights of last.pt, or else of --init, or else as it is."""
+        if self.state:
+            model.load_state_dict(self.state["model"])
+        elif self.config.init:
+            load_init(model, self.config.init)
+        return model
+
+    def begin(self, dist, plan, samples, model, optimizer, collate=None):
+        """Restores an interrupted run, writes config.json, starts the loader. Log lines after the
+        checkpoint are dropped, and one that a killed process left half-written."""
+        config, self.dist, self.plan, self.num_images = self.config, dist, plan, len(samples.images)
         self.skipped = self.failures = 0
         if self.state:
-            if self.state["num_images"] != num_images:
-                raise ValueError(
-                    f"the run in {self.folder} started with {self.state['num_images']} images, now "
-                    f"there are {num_images}: restore the data, or give --fresh for a new run")
-            model.load_state_dict(self.state["model"])
-            optimizer.load_state_dict(self.state["optimizer"])
-            self.skipped = self.state["skipped"]
-            self.state = None  # frees its memory
-        if processes.main:
-            facts = dict(dataclasses.asdict(self.config), **dataclasses.asdict(plan),
-                         method=self.method, world=processes.world, num_images=num_images,
-                         torch=torch.__version__, commit=commit(), command=" ".join(sys.argv))
+            before, self.state = self.state, None  # its memory is free at the end of `begin`
+            if before["num_images"] != self.num_images:
+                raise ValueError(f"the run in {self.folder} started with {before['num_images']} "
+                                 f"images, now there are {self.num_images}: restore the data, or "
+                                 "give --fresh for a new run")
+            model.load_state_dict(before["model"])
+            optimizer.load_state_dict(before["optimizer"])
+            self.skipped = before["skipped"]
+        if dist.is_main:
+            log = self.folder / "log.jsonl"
+            facts = dict(dataclasses.asdict(config), **dataclasses.asdict(plan), method=self.method,
+                         world=dist.world, num_images=self.num_images, torch=torch.__version__,
+                         commit=commit(), command=" ".join(sys.argv))
             write_atomically(self.folder / "config.json",
                              lambda path: path.write_text(json.dumps(facts, indent=1)))
-            self._trim_log()
+            lines = log.read_text().splitlines(True) if log.exists() else []
+            kept = [line for line in lines
+                    if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
+            write_atomically(log, lambda path: path.write_text("".join(kept)))
+        self.stop = min(config.max_steps or plan.total_steps, plan.total_steps)
+        keys = micro_batch_keys(self.num_images, plan, dist, config.seed, self.start, self.stop)
+        self.loader = iter(torch.utils.data.DataLoader(
+            samples, batch_sampler=keys, num_workers=num_workers(config), collate_fn=collate,
+            worker_init_fn=leave_group, pin_memory=dist.device.type == "cuda"))
         self.bar = tqdm(total=plan.total_steps, initial=self.start, unit="step",
-                        disable=None if processes.main else True)
+                        disable=None if dist.is_main else True)
         self.sums, self.count, self.waited, self.logged = {}, 0, 0.0, self.start
-        self.clock = time.perf_counter()
-        self.stop = min(self.config.max_steps or plan.total_steps, plan.total_steps)
-        self.signal = None
+        self.clock, self.signal, self.stopping = time.perf_counter(), None, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember_signal)
-        return self.start
 
     def _remember_signal(self, number, frame):
         self.signal = number
 
-    def _trim_log(self):
-        """Drops lines after the checkpoint, and a line that a killed process left half-written."""
-        log = self.folder / "log.jsonl"
-        if log.exists():
-            whole = [line for line in log.read_text().splitlines(True) if line.endswith("}\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= self.start]
-            write_atomically(log, lambda path: path.write_text("".join(kept)))
+    def steps(self):
+        """The steps still to do. They end early after a signal (SIGTERM, Ctrl-C), once the loop has
+        saved; then the exit code, 128 + signal, tells a scheduler that the run is not finished."""
+        for step in range(self.start, self.stop):
+            yield step
+            if self.stopping:
+                break
+        self.bar.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.stopping:
+            if self.dist.is_main:
+                tqdm.write("stopped by a signal after saving: the same command goes on from here")
+            sys.exit(128 + (self.signal or signal.SIGTERM))
 
-    def next_batch(self, batches):
-        """The loader's next micro batch, the waiting counted."""
-        before = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - before
-        return batch
-
-    def update(self, optimizer, grad_norm):
-        """The optimiser's step, unless the gradient is not finite: that is skipped and counted.
-
-        Waiting for the device here, once a step, buys that no bad gradient ever reaches the
-        weights. The norm is that of the summed gradient, so all processes decide alike.
-        Raises ValueError after ten bad steps in a row.
-        """
-        if grad_norm.isfinite():
-            optimizer.step()
-            self.failures = 0
-        else:
-            self.skipped, self.failures = self.skipped + 1, self.failures + 1
-            if self.failures == 10:
-                raise ValueError("no finite gradient in ten steps: start again with --fresh and a "
-                                 "lower --lr, from a checkpoint with --init")
-        optimizer.zero_grad(set_to_none=True)
+    def micro_batches(self):
+        """This process's micro batches of one step; the time that each is waited for is counted."""
+        for _ in range(self.plan.accumulation):
+            before = time.perf_counter()
+            batch = next(self.loader)
+            self.waited += time.perf_counter() - before
+            yield batch
 
     def record(self, **values):
         """Adds scalars to the averages of the next log line, without waiting for the device."""
@@ -962,143 +825,94 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
+    def is_finite(self, grad_norm):
+        """Whether the optimiser may step; a gradient that is not finite is counted instead.
+
+        Waiting for the device here, once a step, buys that no bad gradient ever reaches the
+        weights. The norm is that of the summed gradient, so all processes decide alike.
+        Raises ValueError after ten bad steps in a row.
+        """
+        bad = not grad_norm.isfinite()
+        self.skipped, self.failures = self.skipped + bad, bad * (self.failures + 1)
+        if self.failures == 10:
+            raise ValueError("no finite gradient in ten steps: start again with --fresh and a "
+                             "lower --lr, from a checkpoint with --init")
+        return not bad
+
     def log(self, step, lr, grad_norm):
-        """Counts a finished step; every `log_every` steps one JSON line and one readable line."""
+        """Counts a finished step, and writes a line every --log_every steps. True when it is time
+        to save: every --save_every steps, at the end, and after a signal to any process."""
         self.bar.update(1)
-        self._expect(step)
-        if step % self.config.log_every and step != self.stop:
-            return
-        sums = self.processes.sum(torch.stack(list(self.sums.values())))
-        means = (sums / self.count / self.processes.world).tolist()
-        now = time.perf_counter()
-        per_step = (now - self.clock) / (step - self.logged)
-        entry = dict(
-            step=step, epoch=round(step / self.plan.steps_per_epoch, 4),
-            **dict(zip(self.sums, means)), lr=lr, grad_norm=float(grad_norm),
-            images_per_s=round(self.plan.batch_size / per_step, 1),
-            data_wait=round(self.waited / (now - self.clock), 3),
-            memory_gb=round(memory_gb(self.processes.device), 2),
-            eta_s=round((self.plan.total_steps - step) * per_step), skipped=self.skipped)
-        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in zip(self.sums, means))
+        self.stopping = bool(self.dist.all_reduce(torch.tensor(int(self.signal is not None))))
+        if step % self.config.log_every == 0 or step == self.stop:
+            self._write_line(step, lr, grad_norm)
+        every = self.config.save_every or self.plan.steps_per_epoch
+        return step % every == 0 or step == self.stop or self.stopping
+
+    def _write_line(self, step, lr, grad_norm):
+        sums = self.dist.all_reduce(torch.stack(list(self.sums.values())))
+        means, now = (sums / self.count / self.dist.world).tolist(), time.perf_counter()
+        seconds = (now - self.clock) / (step - self.logged)  # per step
+        line = dict(step=step, epoch=round(step / self.plan.steps_per_epoch, 4),
+                    **dict(zip(self.sums, means)), lr=lr, grad_norm=float(grad_norm),
+                    images_per_s=round(self.plan.batch_size / seconds, 1),
+                    data_wait=round(self.waited / (now - self.clock), 3),  # share of the time
+                    eta_s=round((self.plan.total_steps - step) * seconds), skipped=self.skipped)
+        if self.dist.device.type == "cuda":
+            line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.sums, self.count, self.waited, self.clock, self.logged = {}, 0, 0.0, now, step
-        if self.processes.main:
-            with open(self.folder / "log.jsonl", "a") as file:
-                finite = {name: value if math.isfinite(value) else None
-                          for name, value in entry.items()}  # JSON knows no NaN
+        if self.dist.is_main:
+            finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            with open(self.folder / "log.jsonl", "a") as file:  # JSON knows no NaN
                 file.write(json.dumps(finite) + "\n")
-            self._print(entry, losses)
-
-    def _print(self, entry, losses):
-        speed = f"{entry['images_per_s']:.0f} img/s  wait {entry['data_wait']:.0%}"
-        self.bar.set_postfix_str(speed)
-        tqdm.write(
-            f"step {entry['step']}/{self.plan.total_steps}  epoch {entry['epoch']:.2f}  {losses}  "
-            f"lr {entry['lr']:.2e}  grad {entry['grad_norm']:.2f}  {speed}  "
-            f"{entry['memory_gb']:.1f} GB  left {duration(entry['eta_s'])}")
-        if entry["data_wait"] > 0.25:
-            tqdm.write(f"  input-bound: {entry['data_wait']:.0%} of the time waits for images; "
-                       f"more --workers may help (now {self.config.workers} per process, "
-                       f"{os.cpu_count()} cores)")
-
-    def _expect(self, step):
-        """Says after 50 steps how long the run will take; the first 10 warm up and do not count."""
-        if step - self.start == 10:
-            self.opened = time.perf_counter()
-        if step - self.start == 50 and self.processes.main:
-            per_step, left = (time.perf_counter() - self.opened) / 40, self.plan.total_steps - step
-            tqdm.write(f"expect {duration(left * per_step)} for the remaining {left} steps, "
-                       f"at {self.plan.batch_size / per_step:.0f} img/s")
-
-    def stopping(self):
-        """Whether any process was asked to stop (SIGTERM, SIGINT), agreed by all."""
-        if self.processes.world == 1:
-            return self.signal is not None
-        flag = torch.tensor(float(self.signal is not None), device=self.processes.device)
-        return bool(self.processes.sum(flag) > 0)
+            words = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
+            tqdm.write(f"step {step}/{self.plan.total_steps}  {words}")
 
     def save(self, model, optimizer, step, export=None, **more):
-        """Writes last.pt, all that resuming needs, and encoder.safetensors, all others need.
+        """Writes last.pt, all that resuming needs, and encoder.safetensors, all that others need.
 
-        `export` is the ViT for others, by default `model.encoder`, if there is one; `more` is plain
-        data or tensors, found in `state` on resuming.
+        `export` is the ViT for others, None where it is frozen and has a file of its own; `more`
+        is plain data or tensors, found in `state` on resuming. Call it in the main process only.
         """
-        if self.processes.main:
-            state = dict(kind=self.kind, method=self.method, version=VERSION,
-                         config=dataclasses.asdict(self.config), step=step,
-                         total_steps=self.plan.total_steps, num_images=self.num_images,
-                         skipped=self.skipped, model=model.state_dict(),
-                         optimizer=optimizer.state_dict(), **more)
-            # The encoder first: whoever is killed in between finds both made again on resuming.
-            export = export or getattr(model, "encoder", None)
-            if export is not None:  # None: it is frozen, and has a file of its own
-                save_encoder(export, self.folder / "encoder.safetensors",
-                             method=self.method, step=step)
-            write_atomically(self.checkpoint, lambda path: save_state(state, path))
-
-    def close(self):
-        self.bar.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.signal is not None:
-            # The state is saved; the exit code tells a scheduler that the run is not finished.
-            tqdm.write("stopped by a signal after saving: the same command goes on from here")
-            sys.exit(128 + self.signal)
+        # The encoder first: whoever is killed in between finds both made again on resuming.
+        if export is not None:
+            more["encoder"] = export.config  # the number of heads is in no weight
+            save_encoder(export, self.folder / "encoder.safetensors", method=self.method, step=step)
+        state = dict(kind=self.kind, method=self.method, version=VERSION, step=step,
+                     config=dataclasses.asdict(self.config), total_steps=self.plan.total_steps,
+                     num_images=self.num_images, skipped=self.skipped, model=model.state_dict(),
+                     optimizer=optimizer.state_dict(), **more)
+        write_atomically(self.checkpoint, lambda path: torch.save(state, path))
 
 
-def memory_gb(device):
-    """Peak memory in GiB: of the GPU, or of this process on other devices."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+def leave_group(worker_id):
+    """For a loader's worker: torchrun and a terminal signal the whole process group, but how a run
+    stops is the main process's business, which would only see its workers die."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
-def duration(seconds):
-    """Seconds in words: 95 s, 12 min, 7.5 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def num_workers(config):
+    """--workers, or this process's share of the cores, at most 16; built-in images need none."""
+    if config.workers >= 0:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0 if config.data == "scenes" else min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
 
 
-def describe(config, plan, processes, folder):
-    """The lines of a recipe that all runs have in common: batch, steps, device, files."""
-    bf16 = uses_bf16(processes.device, config.precision)
-    return (f"batch    {plan.batch_size} = {processes.world} processes x {plan.accumulation} micro "
-            f"batches x {plan.micro_batch} images\n"
-            f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}, "
-            f"{config.warmup_epochs:g} epochs of warm-up\n"
-            f"device   {processes.device}, {'bf16' if bf16 else 'fp32'}\n"
-            f"files    {folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, "
-            "preview.png")
+# ---- 9  pictures ---------------------------------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# 8  pictures
-
-
-def save_panels(path, rows, captions, note="", labels=()):
-    """Writes rows of (3, H, W) float images in 0..1 as one PNG: captions on top, a note below, and
-    a label left of each row, if there are any."""
-    side, gap, head, margin = 168, 6, 22, 90 if labels else 6
-    sheet = Image.new("RGB", (margin + len(captions) * (side + gap),
-                              head + len(rows) * (side + gap) + (head if note else 0)), "white")
+def save_panels(path, rows, captions, note="", side=168):
+    """Writes rows of (3, H, W) images in 0..1 as one PNG: captions on top, a note below. Enlarged
+    without smoothing, so that patches keep their edges and small images stay honest."""
+    panels = [F.interpolate(image[None].float(), (side, side))[0] for row in rows for image in row]
+    grid = make_grid(torch.stack(panels).clamp(0, 1).cpu(), len(captions), padding=6, pad_value=1)
+    sheet = TF.to_pil_image(TF.pad(grid, [0, 16, 0, 20], fill=1))
     draw = ImageDraw.Draw(sheet)
-    for line, label in enumerate(labels):
-        draw.text((gap, head + line * (side + gap) + side // 2), label, fill="black")
     for column, caption in enumerate(captions):
-        left = margin + column * (side + gap)
-        draw.text((left, 5), caption, fill="black")
-        for line, row in enumerate(rows):
-            pixels = (row[column].float().clamp(0, 1) * 255).round().byte().cpu()
-            image = Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
-            # Nearest, so that patches keep their edges and small images stay honest.
-            image = image.resize((side, side), Image.NEAREST)
-            sheet.paste(image, (left, head + line * (side + gap)))
-    draw.text((gap, sheet.height - head + 3), note, fill="black")
+        draw.text((6 + column * (side + 6), 5), caption, fill="black")
+    draw.text((6, sheet.height - 18), note, fill="black")
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
@@ -1112,121 +926,193 @@ def colour_map(values):
     return rearrange(anchors[low] * (1 - share) + anchors[low + 1] * share, "h w c -> c h w")
 
 
-# --------------------------------------------------------------------------------------------------
-# 9  command line
+# ---- 10  command line ----------------------------------------------------------------------------
 
 
-def flag(default, help):
-    """A dataclass field that is also a command-line flag; the help names a default's source."""
-    return dataclasses.field(default=default, metadata=dict(help=help))
+def flag(default, help, positive=False):
+    """A dataclass field that is also a command-line flag; the help names a default's source.
+    Numbers are at least 0, or above it where they must be `positive`."""
+    return dataclasses.field(default=default, metadata=dict(help=help, positive=positive))
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The flags that every pre-training script shares and that are no part of a recipe."""
+class MachineConfig:
+    """The flags of every script. Raises ValueError for a number that is out of its range."""
+
+    seed: int = flag(0, "of everything that is drawn")
+    workers: int = flag(-1, "loader processes (default: this process's share of cores, at most 16)")
+    precision: typing.Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on GPU, else fp32")
+    device: typing.Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "where to compute")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, positive = getattr(self, field.name), field.metadata["positive"]
+            if isinstance(value, (int, float)) and value != field.default \
+                    and not (0 <= value < 2**63 and (value or not positive)):
+                raise ValueError(f"--{field.name} {value:g} must be {'above' if positive else 'at least'}"
+                                 " 0, and finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(MachineConfig):
+    """The flags of every script that trains."""
+
+    out: str = flag("", "folder of the run (default: see above)")
+    micro_batch: int = flag(0, "images computed at once (default: a process's share, at most 256)")
+    compile: typing.Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on a GPU")
+    save_every: int = flag(0, "steps between checkpoints (default: an epoch)")
+    max_steps: int = flag(0, "stop at this step, counted from 0; the schedule stays as it is")
+    log_every: int = flag(20, "steps between log lines", positive=True)
+    fresh: bool = flag(False, "start a new numbered folder instead of going on with the run")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    """The flags of every pre-training script that are no part of a recipe."""
 
     model: str = flag("vit_b", "size of the encoder")
     data: str = flag("", "a folder, `cifar10` or `scenes` (default: $IMAGENET or data/imagenet)")
-    out: str = flag("", "folder of the run (default: runs/METHOD_MODEL)")
-    seed: int = flag(0, "of weights, order of images, crops, masks and drop path")
-    micro_batch: int = flag(0, "images computed at once (default: a process's share, at most 256)")
-    workers: int = flag(-1, "loader processes (default: this process's share of cores, at most 16)")
-    precision: typing.Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on GPU, else fp32")
-    compile: typing.Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on a GPU")
-    device: typing.Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "where to compute")
-    init: str = flag("", "file with the weights to start from")
-    save_every: int = flag(0, "steps between checkpoints (default: an epoch)")
-    max_steps: int = flag(0, "stop at this step, counted from 0; the schedule stays as it is")
-    log_every: int = flag(20, "steps between log lines")
+    init: str = flag("", "start from a last.pt or encoder.safetensors, or a run's folder")
     demo: bool = flag(False, "a small run on the built-in images, about two minutes on a laptop")
     dry_run: bool = flag(False, "print the recipe and its cost; needs neither data nor weights")
-    preview: str = flag("", "draw what the model sees and answers to this PNG, then exit")
-    fresh: bool = flag(False, "start a new numbered folder instead of going on with the run")
+    preview: str = flag("", "draw what the model sees and predicts to this PNG, then exit")
 
     def __post_init__(self):
-        check_range(self, 0, "micro_batch", "save_every", "max_steps", "seed")
-        check_range(self, 1, "log_every")
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed {self.seed} must be below 2**63")
-        if self.workers < 0:
-            share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            object.__setattr__(self, "workers", min(share, 16))
+        super().__post_init__()
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} must be shorter than the run of "
+                             f"{self.epochs} epochs (fractions such as 0.5 are fine)")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"--img_size {self.img_size} is not a multiple of --patch_size "
+                             f"{self.patch_size}")
+
+    @property
+    def run_name(self):
+        """How the default --out ends."""
+        return "demo" if self.demo else self.model
+
+    @property
+    def scene_size(self):
+        """Pixels of the built-in images' side."""
+        return self.img_size
 
 
-def check_range(config, lowest, *names):
-    """Raises ValueError for a field below `lowest`; `lowest` None asks for more than 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not (value > 0 if lowest is None else value >= lowest):
-            raise ValueError(f"--{name} {value:g} must be "
-                             f"{'greater than 0' if lowest is None else f'at least {lowest}'}")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-
-def parse_config(Config, description, sizes=None, demo=None, argv=None):
+def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=None):
     """The command line as a frozen `Config`; its fields are the flags, `-` and `_` spell the same.
 
-    Order: default < size preset `sizes[model]` < `demo` values (with --demo) < what was typed.
-    Raises ValueError for unknown, abbreviated or badly typed flags.
+    Order: default < `depends` < `demo` values (with --demo) < what was typed; `sizes` are the
+    choices of --model. `depends` holds defaults that follow another flag, as in
+    {"mask_ratio": ("model", {"vit_ti": 0.15})}. Raises ValueError for what is no such flag.
     """
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    types, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
-    for field in fields:
+    def refuse(message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    types = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind, text = types[field.name], field.metadata["help"].replace("%", "%%")
         names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        options = dict(dest=field.name, help=field.metadata["help"].replace("%", "%%"))
-        if types[field.name] is bool:
-            parser.add_argument(*names, action="store_true", **options)
-            continue
+        choices = list(sizes) if sizes and field.name == "model" else typing.get_args(kind)
         if field.default not in ("", -1, 0):
-            options["help"] += f" (default: {field.default})"
-        choices = typing.get_args(types[field.name]) or None
-        if field.name == "model" and sizes:
-            choices = list(sizes)
-        kind = str if choices else types[field.name]
-        parser.add_argument(*names, type=kind, choices=choices,
-                            metavar=None if choices else kind.__name__.upper(), **options)
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [f"--{field.name}" for field in fields]
-        word = "--" + unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        near = difflib.get_close_matches(word, known, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        parser.error(f"unknown argument {unknown[0]}{hint}")
-    values = {**(demo if demo and "demo" in typed else {}), **vars(typed)}
-    preset = sizes[values.get("model", Config.model)] if sizes else {}
-    return Config(**{**preset, **values})
+            text += f" (default: {field.default})"
+        options = dict(action="store_true") if kind is bool else dict(choices=choices) if choices \
+            else dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(*names, dest=field.name, help=text, **options)
+    typed = vars(parser.parse_args(argv))
+    values = {**(demo if demo and "demo" in typed else {}), **typed}
+    for name, (other, defaults) in (depends or {}).items():
+        chosen = values.get(other, getattr(Config, other))
+        if chosen in defaults:
+            values.setdefault(name, defaults[chosen])
+    return Config(**values)
 
 
-OUT_OF_MEMORY = (
-    "out of memory: run the same command with a smaller --micro_batch (half of the present one is "
-    "a good try); the global batch stays the same, and the run goes on from its last checkpoint")
+def describe(facts, config, model, plan, dist, data, folder):
+    """Prints the resolved recipe, its numbers as equations; `facts` are lines {label: text}."""
+    total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
+    lines = dict(
+        facts, model=f"{facts['model']}: {total:,} parameters, {encoder:,} of them in the encoder",
+        data=data, batch=f"{plan.batch_size} = {dist.world} processes x {plan.accumulation} micro "
+                         f"batches x {plan.micro_batch} images",
+        steps=f"{plan.total_steps:,} = {plan.total_steps / plan.steps_per_epoch:g} epochs x "
+              f"{plan.steps_per_epoch:,}",
+        device=f"{dist.device}, {'bf16' if uses_bf16(dist.device, config.precision) else 'fp32'}",
+        files=f"{folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png")
+    print("\n".join(f"{label:8} {text}" for label, text in lines.items()), flush=True)
+
+
+def count_flops(run):
+    """Floating-point operations of `run()`, by torch's counter; works on the meta device too."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def dry_run(config, folder, model, inputs, *frozen):
+    """Prints recipe and cost without data, weights or a GPU: `model` and the `inputs` of one image
+    are on torch's meta device, and so is what the functions `frozen` run beside it."""
+    dist = Dist(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
+    plan = make_plan(1_281_167, config.batch_size, config.micro_batch, config.epochs, dist.world)
+    data = "1,281,167 images assumed (ImageNet-1K)"
+    describe(config.facts, config, model, plan, dist, data, folder)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        flops = count_flops(lambda: model(*inputs)[0].backward())
+    others = sum(count_flops(run) for run in frozen)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    # fp32 weight, gradient, two moments; under bf16 about half of what fp32 keeps for backward.
+    memory = 16 * sum(p.numel() for p in model.parameters()) + plan.micro_batch * sum(
+        tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
+    hours = (flops + others) * plan.batch_size * plan.total_steps / dist.world / 0.4 / 3600
+    print(f"cost     {(flops + others) / 1e9:.1f} GFLOP per image and step, {others / 1e9:.1f} of "
+          f"them in a frozen teacher\nmemory   roughly {memory / 2**30:.1f} GiB per process in bf16\n"
+          f"hours    {', '.join(f'{gpu} {hours / peak:.1f}' for gpu, peak in PEAK_FLOPS.items())}: an "
+          f"estimate for {dist.world} such GPUs at 40 % of their dense bf16 peak\n"
+          f"recipe   {json.dumps(vars(config))}")
+
+
+def main(method, config, example, train):
+    """What `python METHOD.py` does: the dry run, a picture, or a run, new or continued."""
+    out = config.out or f"runs/{method}_{config.run_name}"
+    if config.dry_run:
+        return dry_run(config, out, *example(config))
+    run = Run(method, config, out)
+    made = f"{run.folder}/ holds preview.png, log.jsonl, encoder.safetensors, last.pt"
+    if run.finished and not config.preview:
+        return print(f"finished at step {run.start}: {made}; --fresh starts anew")
+    weights = run.checkpoint if run.state else config.init or "untrained weights"
+    with distributed(config.device) as dist:
+        train(config, run, dist)
+        if dist.is_main:
+            print(f"drew {config.preview} from {weights}" if config.preview else f"done: {made}")
 
 
 def run_main(main):
     """Runs a script's `main`; what the user can mend becomes one sentence and exit code 1.
-
-    The main process says it; the others wait a little and speak only if that one lives on.
-    """
-    rank = int(os.environ.get("RANK", 0))
+    The main process says it; the others wait a little and speak only if that one lives on."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         return main()
-    except (ValueError, FileNotFoundError) as error:
-        # From a loader's worker the sentence comes below a traceback.
+    except (ValueError, FileNotFoundError) as error:  # a worker's sentence stands below a traceback
         message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
-    except (torch.OutOfMemoryError, MemoryError):
-        message = OUT_OF_MEMORY
-    except RuntimeError as error:
-        if not re.search("can't allocate memory|not enough memory", str(error)):
-            time.sleep(3 * (rank > 0))
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("MemoryError|out of memory|allocate memory|enough memory", repr(error)):
             raise
-        message = OUT_OF_MEMORY
+        message = ("out of memory: run the same command with half the --micro_batch; the global batch "
+                   "stays the same, and the run goes on from its last checkpoint")
     time.sleep(3 * (rank > 0))
     print(f"error: {message}" + (f" [process {rank}]" if rank else ""), file=sys.stderr, flush=True)
-    sys.exit(1)
+    # Of several processes one that fails must end at once: to clean up is to wait for the others.
+    os._exit(1) if world > 1 else sys.exit(1)

@@ -1,26 +1,28 @@
-"""Reads the encoder out of the checkpoints that people have, and writes it for other projects.
+"""Reads the encoder of a checkpoint, whoever wrote it, and writes an encoder for other projects.
 
-    file                                 how it is told                     what is done
-    our encoder.safetensors, timm and    patch_embed.proj.weight            nothing: these are ViT's names
-    facebookresearch/mae
-    our last.pt                          encoder.patch_embed.proj.weight    the prefix goes
-    official CAE v2                      blocks.0.attn.q_bias               `fused_biases`
-    official Beyond Masking              the same, and no pos_embed         `from_beyond_masking`
-    mmpretrain                           backbone.patch_embed.projection... `from_mmpretrain`
+    python -m eval.encoders FILE OUT.safetensors     converts to timm's names, which --init reads
+    python -m eval.encoders FILE OUT --form hf       converts to a folder for transformers.ViTModel
 
-Another format is one more function `from_...` and two more lines in `to_timm`; everything after it works
-on timm's names alone. Sizes come from the shapes. The position table is loaded, never recomputed (two
-orders of the sin-cos table exist in the wild), and resized where another image size is asked for. The 1-D
-sinusoid of Beyond Masking is no map that could be resized: from one row of patches to the next its fast
-channels turn by more than a circle, and what lies between two such codes is the code of no place. It is
-computed anew.
+    FILE                                  recognised by                      what is done
+    our encoder.safetensors, timm, MAE    patch_embed.proj.weight            nothing: these are ViT's names
+    our last.pt                           encoder.patch_embed.proj.weight    the prefix is removed
+    official CAE v2                       blocks.0.attn.q_bias               `LAYER_SCALE`, `fused_biases`
+    official Beyond Masking               the same, and no pos_embed         `fused_biases`, 1-D sinusoid
+    mmpretrain                            backbone.patch_embed.projection    `MMPRETRAIN`
 
-Nothing is loaded by halves: a part that the file lacks is an error, and so is a part of the file's encoder
-that this ViT lacks, because both give features that look plausible and are wrong.
+A new format needs a few more lines in `to_timm`: everything after it knows timm's names only. All sizes are
+inferred from shapes. The position table is loaded, because two orders of the sin-cos table are in use, and
+it is resized for another image size. The 1-D sinusoid of Beyond Masking cannot be resized: from one row of
+patches to the next its fast channels pass through more than a full period, so an interpolated value belongs
+to no position. It is computed again.
 
-Dimension key: D width, N patches, h x w grid of patches; N', h', w' after a resize.
+An incomplete encoder is an error, and so is a part of the file's encoder that ViT does not have: in both
+cases the features would look plausible and be wrong.
+
+Dimension key: D width, P x Q size of a patch, N patches, h x w grid of patches; N', h', w' after a resize.
 """
 
+import argparse
 import json
 import math
 import re
@@ -30,31 +32,29 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 import common
 
-# First words of keys that change an encoder's features, unlike those of heads and decoders.
-BACKBONE = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "reg_token",
+# First words of the keys that belong to an encoder, and not to a head or a decoder.
+BACKBONE = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "pre_norm", "reg_token",
             "dist_token", "rel_pos_bias", "rope"}
-OVERRIDES = {"img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio",
-             "class_token", "init_values", "drop_path_rate"}
 
 
 def load_encoder(path, **override):
-    """The encoder in a checkpoint as a `common.ViT`: float32, on the CPU, in training mode as if new.
+    """The encoder of a checkpoint as a `common.ViT`: float32, on the CPU, in training mode.
 
-    `path` is a file, or the folder of a run. `override` replaces arguments of ViT: `img_size` (the position
-    table is resized, bicubic, the class row kept), `num_heads`, `drop_path_rate`, and `in_chans=3` makes an
-    encoder of grey images take RGB; other sizes may be stated and must then be those of the file. The number
-    of heads leaves no trace in a weight: it is the override, else what the file says of itself, else what
-    `assumed_heads` takes it to be.
-    Prints three lines: loaded, new, ignored. Raises FileNotFoundError, or ValueError where the file cannot
-    be read safely, is no such encoder, or is not all of one.
+    `path` is a file, or the folder of a run. `override` replaces arguments of ViT. With another `img_size`
+    the position table is resized (bicubic; the row of the class token is kept); `in_chans=3` makes an
+    encoder of grey images accept RGB; `num_heads` and `drop_path_rate` are free; all others must agree with
+    the file. No weight shows the number of heads: it is the override, else what the file says, else what
+    `assumed_heads` returns.
+    Prints three lines: loaded, new, ignored. Raises FileNotFoundError, or ValueError if the file cannot be
+    read safely, holds no encoder of a known format, or only a part of one.
     """
     path = find_file(path)
-    state, known = read_state(path)
+    state, known, _ = read_state(path)
     try:
         form, weights, outside = to_timm(state)
         config, grid = infer_config(form, weights, known, override)
@@ -64,186 +64,153 @@ def load_encoder(path, **override):
         weights["pos_embed"] = fit_positions(weights["pos_embed"], grid, vit)
         kernel = weights["patch_embed.proj.weight"]
         if (kernel.shape[1], vit.config["in_chans"]) == (1, 3):  # a third per colour: grey stays grey
-            weights["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1) / 3  # (D, 3, P, P)
-        check_whole(weights, wanted)
+            weights["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1) / 3  # (D, 3, P, Q)
+        ignored = [name for name in weights if name not in wanted]
+        check_weights(weights, wanted, extra=[name for name in ignored if name.split(".")[0] in BACKBONE])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    # Copied, not assigned: half precision becomes float32, and no two parameters are views of one memory.
+    # Copied, not assigned: half precision becomes float32, and no two parameters share memory.
     vit.to_empty(device="cpu").load_state_dict({name: weights[name] for name in wanted})
-    ignored = outside + [name for name in weights if name not in wanted]
-    report(path, form, vit, grid, ignored, assumed="num_heads" not in {**known, **override})
+    report(path, form, vit, grid, outside + ignored, assumed="num_heads" not in {**known, **override})
     return vit
 
 
 def find_file(path):
-    """The file that `path` names, or the checkpoint in the folder that it names."""
+    """The file `path`, or the checkpoint in the folder `path`. Raises FileNotFoundError."""
     path = Path(path).expanduser()
-    inside = [path / name for name in ("encoder.safetensors", "last.pt") if (path / name).is_file()]
-    if path.is_dir() and not inside:
-        raise FileNotFoundError(f"the folder {path} holds neither encoder.safetensors nor last.pt: give a "
-                                "checkpoint file, or the folder of a run")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}: give a checkpoint file, or the folder "
-                                "of a run")
-    return inside[0] if inside else path
+    for file in (path, path / "encoder.safetensors", path / "last.pt"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"there is no checkpoint at {path}, which is no file and holds neither "
+                            "encoder.safetensors nor last.pt: give a file, or the folder of a run")
 
 
 def read_state(path):
-    """A file as ({key: tensor}, what it says of itself), without the prefixes of DDP and torch.compile."""
+    """A file as ({key: tensor} without the prefixes of DDP and torch.compile, what it says about its
+    encoder, the method that trained it or None)."""
+    content = about = common.read_checkpoint(path)
+    for key in ("state_dict", "model"):
+        content = about[key] if isinstance(about.get(key), dict) else content
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                content = {key: file.get_tensor(key) for key in file.keys()}
-                known = json.loads((file.metadata() or {}).get("about", "{}")).get("config")
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as a safetensors file ({error}): it is cut off or of "
-                             "another kind, fetch or write it again") from error
-    else:
-        content = common.read_checkpoint(path)
-        known = content.get("config")
-        inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)]
-        content = inner[0] if inner else content
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
     state = {re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", key): value for key, value in content.items()
              if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    # Only what shapes do not tell; a shape cannot be out of date.
-    known = known if isinstance(known, dict) else {}
-    return state, {key: known[key] for key in ("num_heads", "img_size", "init_values") if known.get(key)}
+    known = next((about[key] for key in ("encoder", "config") if isinstance(about.get(key), dict)), {})
+    # Only what the shapes do not show: the shapes are always right.
+    known = {key: known[key] for key in ("num_heads", "img_size", "init_values") if known.get(key)}
+    return state, known, about.get("method")
 
 
 # --------------------------------------------------------------------------------------------------
 # formats
 
+# Parts of others' names and ours for them, replaced in this order.
+MMPRETRAIN = (("backbone.ln1.", "encoder.norm."), ("backbone.layers.", "encoder.blocks."),
+              ("backbone.", "encoder."), ("patch_embed.projection.", "patch_embed.proj."),
+              (".ln1.", ".norm1."), (".ln2.", ".norm2."),
+              (".ffn.layers.0.0.", ".mlp.fc1."), (".ffn.layers.1.", ".mlp.fc2."))
+LAYER_SCALE = ((".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
+
+
+def renamed(state, names):
+    """A state dict with other names: each (old, new) of `names` is replaced in its keys, in this order."""
+    result = {}
+    for key, value in state.items():
+        for old, new in names:
+            key = key.replace(old, new)
+        result[key] = value
+    return result
+
+
+def fused_biases(state):
+    """A state dict in which biases q and v, (D,) each, are one bias (3*D,) of q, k and v. Attention without
+    a bias for k is the same as with zeros."""
+    fused = dict(state)
+    for name in state:
+        v_name = name.replace("q_bias", "v_bias")
+        if name.endswith("attn.q_bias") and v_name in state:
+            q, v = fused.pop(name), fused.pop(v_name)
+            fused[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return fused
+
 
 def to_timm(state):
-    """A state dict in a known format as (its name, {timm's key: tensor} of the encoder, all other keys)."""
+    """A state dict of a known format as (its name, {timm's key: tensor} of the encoder, all other keys)."""
+    form = "timm"
+    if "backbone.patch_embed.projection.weight" in state:
+        form, state = "mmpretrain", renamed(state, MMPRETRAIN)
     prefix = "encoder." if "encoder.patch_embed.proj.weight" in state else ""
-    prefix = "backbone." if "backbone.patch_embed.projection.weight" in state else prefix
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     outside = [key for key in state if not key.startswith(prefix)]
-    form = "timm"
     if "blocks.0.attn.q_bias" in weights:
-        form, weights = "CAE v2", fused_biases(weights)
+        width = len(weights["blocks.0.attn.q_bias"])
+        form, weights = "CAE v2", fused_biases(renamed(weights, LAYER_SCALE))
         if "pos_embed" not in weights and "blocks.0.ls1.gamma" not in weights:
-            form, weights = "Beyond Masking", from_beyond_masking(weights)
-    if prefix == "backbone.":
-        form, weights = "mmpretrain", from_mmpretrain(weights)
-    # The three tensors that all sizes are read from.
+            form, weights["pos_embed"] = "Beyond Masking", common.sinusoid_1d(width, 14 * 14)[None]
+            weights.pop("cls_token", None)  # in some of these files, but never used
+    # All sizes are read from these three tensors.
     for key, ndim in {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}.items():
         if key not in weights or weights[key].ndim != ndim:
-            some = f" ({', '.join(list(state)[:3])} ...)" if state else ""
-            raise ValueError(f"this is no vision transformer in a known format: among its {len(state)} "
-                             f"tensors{some} is no {key} with {ndim} dimensions; known are our "
-                             "encoder.safetensors and last.pt, timm, facebookresearch/mae, mmpretrain, "
-                             "official CAE v2 and Beyond Masking")
+            raise ValueError(f"this is no vision transformer in a known format: {len(state)} tensors "
+                             f"({', '.join(list(state)[:3])} ...), but no {key} with {ndim} dimensions; "
+                             "known are our files, timm, MAE, mmpretrain, CAE v2 and Beyond Masking")
     return form, weights, outside
-
-
-def fused_biases(weights):
-    """Attention has no key bias there: zeros in the fused one say the same. Gamma is layer scale."""
-    renamed = {}
-    for key, value in weights.items():
-        if key.endswith("attn.q_bias"):
-            v_bias = weights.get(key.replace("q_bias", "v_bias"), value[:0])  # missing: a wrong shape tells
-            bias = torch.cat([value, torch.zeros_like(value), v_bias])  # (3*D,)
-            renamed[key.replace("q_bias", "qkv.bias")] = bias
-        elif not key.endswith("attn.v_bias"):
-            renamed[re.sub(r"gamma_([12])$", r"ls\1.gamma", key)] = value
-    return renamed
-
-
-def from_beyond_masking(weights):
-    """The file has a class token that nothing has used, and no position table: it is of 14 x 14 patches."""
-    width = len(weights["patch_embed.proj.bias"])
-    kept = {key: value for key, value in weights.items() if key != "cls_token"}
-    return {**kept, "pos_embed": common.sinusoid_1d(width, 14 * 14)[None]}
-
-
-# Patterns of mmpretrain's names, without `backbone.`, and timm's names for them.
-MMPRETRAIN = ((r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^pre_norm\.", "norm_pre."),
-              (r"^layers\.", "blocks."), (r"^ln1\.", "norm."), (r"\.ln([12])\.", r".norm\1."),
-              (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."))
-
-
-def from_mmpretrain(weights):
-    """Other names for the same tensors. MFF's proj_layers and proj_weights are of pre-training alone: they
-    keep their names, and are ignored."""
-    renamed = {}
-    for key, value in weights.items():
-        for pattern, name in MMPRETRAIN:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    return renamed
-
-
-# --------------------------------------------------------------------------------------------------
-# from timm's names to a ViT
 
 
 def infer_config(form, weights, known, override):
     """The arguments of `common.ViT` for these weights, and the (h, w) grid of their position table."""
-    unknown = override.keys() - OVERRIDES
-    if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))} is no argument of ViT, which has "
-                         f"{', '.join(sorted(OVERRIDES))}")
     dim, channels, *patch = weights["patch_embed.proj.weight"].shape
     hidden = len(weights["blocks.0.mlp.fc1.weight"])
-    # ViT takes int(dim * ratio), and the float next to hidden / dim may give one less than `hidden`.
-    ratio = hidden / dim
-    if int(dim * ratio) != hidden:
-        ratio = math.nextafter(ratio, math.inf)
+    # ViT computes int(dim * ratio), which the rounded quotient alone may make one too small.
+    ratio = next(r for r in (hidden / dim, (hidden + 0.5) / dim) if int(dim * r) == hidden)
     class_token = "cls_token" in weights
     grid = table_grid(weights["pos_embed"].shape[1], class_token, patch, known, override)
-    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    # Where layer scale once started is history: the value only says that there is one.
+    # Where layer scale began has no effect any more: the value only says that there is one.
     init_values = known.get("init_values", 1.0) if "blocks.0.ls1.gamma" in weights else None
     config = dict(img_size=(grid[0] * patch[0], grid[1] * patch[1]), patch_size=tuple(patch),
-                  in_chans=channels, embed_dim=dim, depth=depth, num_heads=known.get("num_heads"),
-                  mlp_ratio=ratio, class_token=class_token, init_values=init_values)
+                  in_chans=channels, embed_dim=dim, num_heads=known.get("num_heads"), mlp_ratio=ratio,
+                  depth=len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+                  class_token=class_token, init_values=init_values)
     config.update(override)
-    if any(side < patch_side for side, patch_side in zip(common.pair(config["img_size"]), patch)):
-        raise ValueError(f"img_size={config['img_size']} is smaller than a patch of {patch[0]} x {patch[1]}")
-    if config["num_heads"] is None:
-        config["num_heads"] = assumed_heads(form, dim)
-    if config["num_heads"] < 1 or dim % config["num_heads"]:
-        raise ValueError(f"a width of {dim} cannot be shared by {config['num_heads']} heads: give num_heads= "
-                         "a number that divides it")
+    config["num_heads"] = config["num_heads"] or assumed_heads(form, dim)
+    if min(config["num_heads"], *common.pair(config["img_size"])) < 1:
+        raise ValueError(f"{config['num_heads']} heads, image size {config['img_size']}: below 1")
     return config, grid
 
 
 def assumed_heads(form, dim):
-    """Heads of a file that does not tell: 64 channels each, but for sizes that are known to differ."""
+    """Heads of a file that does not say how many: 64 channels each, except in models known to differ."""
     if form == "CAE v2" and dim in (192, 384):
-        return 12  # with the 3 and 6 of DeiT and timm the file loads just as well, and is wrong
+        return 12  # not 3 and 6 as in timm: with these the file would load, and the features be wrong
     if dim == 1280:
         return 16  # ViT-H: 80 channels each, in MAE and timm alike
     if dim % 64:
-        raise ValueError(f"the number of heads cannot be told from a width of {dim}: give num_heads=")
+        raise ValueError(f"the number of heads cannot be inferred from a width of {dim}: give num_heads=")
     return dim // 64
 
 
 def table_grid(rows, class_token, patch, known, override):
-    """The (h, w) grid of a position table: what the file says, else a square, else that of img_size=.
-
-    The class token may have a row in it, or none (timm's `no_embed_class`).
-    """
-    known, asked = (tuple(size // side for size, side in zip(common.pair(source["img_size"]), patch))
-                    if "img_size" in source else (0, 0) for source in (known, override))
-    for count in (rows - class_token, rows):
-        for grid in (known, (math.isqrt(count), math.isqrt(count)), asked):
-            if 0 < count == math.prod(grid):
+    """The (h, w) grid of a position table: by the image size that the file states, else a square, else by
+    the caller's img_size=. The table may have no row for the class token (timm's `no_embed_class`)."""
+    stated, asked = (tuple(side // P for side, P in zip(common.pair(source.get("img_size", 0)), patch))
+                     for source in (known, override))
+    for N in (rows - class_token, rows):
+        for grid in (stated, (math.isqrt(N), math.isqrt(N)), asked):
+            if 0 < N == math.prod(grid):
                 return grid
-    raise ValueError(f"its position table of {rows} rows is of no square grid: give the image size that the "
-                     "encoder was trained with, img_size=(height, width)")
+    raise ValueError(f"its position table of {rows} rows is of no square grid: give the image size that "
+                     "the encoder was trained with, img_size=(height, width)")
 
 
 def fit_positions(table, grid, vit):
-    """The position table of `grid`, (1, [1+]N, D), as one for the grid of `vit`: (1, [1+]N', D) float32."""
+    """The position table of `grid`, (1, [1+]N, D), for the grid of `vit`: (1, [1+]N', D) float32."""
     N = math.prod(grid)
     head, patches = table[:, :-N].float(), table[:, -N:].float()  # (1, [1], D), (1, N, D)
     if vit.cls_token is not None and not head.shape[1]:
-        head = torch.zeros_like(patches[:, :1])  # a class token that receives no position
+        head = torch.zeros_like(patches[:, :1])  # a class token without a position
     sinusoid = common.sinusoid_1d(patches.shape[2], N)[None]  # (1, N, D)
-    if grid != vit.grid and torch.allclose(patches, sinusoid, atol=1e-3):  # half precision has 5e-4
+    if grid != vit.grid and torch.allclose(patches, sinusoid, atol=1e-3):  # half precision: 5e-4
         patches = common.sinusoid_1d(patches.shape[2], math.prod(vit.grid))[None]  # (1, N', D)
     elif grid != vit.grid:
         patches = rearrange(patches, "one (h w) d -> one d h w", h=grid[0])  # (1, D, h, w)
@@ -252,24 +219,20 @@ def fit_positions(table, grid, vit):
     return torch.cat([head, patches], dim=1)
 
 
-def check_whole(weights, wanted):
-    """ValueError unless `weights` hold all of `wanted` in its shapes, and no other part of an encoder."""
-    wrong = {
-        "lacks": [name for name in wanted if name not in weights],
-        "has another shape in": [f"{name} ({list(weights[name].shape)}, not {list(tensor.shape)})"
-                                 for name, tensor in wanted.items()
-                                 if name in weights and weights[name].shape != tensor.shape],
-        "has what this ViT does not compute,": [name for name in weights if name not in wanted
-                                                and name.split(".")[0] in BACKBONE],
-    }
-    for what, names in wrong.items():
+def check_weights(weights, wanted, extra):
+    """Raises ValueError that names what `weights` lack of `wanted`, other shapes, or what is `extra`."""
+    lacking = [name for name in wanted if name not in weights]
+    shapes = [f"{name} ({list(weights[name].shape)}, not {list(tensor.shape)})" for name, tensor
+              in wanted.items() if name in weights and weights[name].shape != tensor.shape]
+    for fault, names in (("lack", lacking), ("have another shape in", shapes),
+                         ("hold what the model does not compute,", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"not the whole of an encoder: the file {what} {', '.join(names[:3])}{more}")
+            raise ValueError(f"these weights {fault} {', '.join(names[:3])}{more}")
 
 
 def report(path, form, vit, grid, ignored, assumed):
-    """Prints the three lines that say what was done with a file."""
+    """Prints in three lines what was done with a file."""
     config, (height, width), (P, Q) = vit.config, vit.img_size, vit.patch_size
     print(f"loaded   {path}: all {len(vit.state_dict())} tensors of the encoder ({form} names), width "
           f"{config['embed_dim']}, depth {config['depth']}, {config['num_heads']} heads"
@@ -284,18 +247,18 @@ def report(path, form, vit, grid, ignored, assumed):
 # for other projects
 
 
-def export(vit, path, form="timm"):
+def export(vit, path, form="timm", **info):
     """Writes a `common.ViT` for other projects.
 
-    "timm": a safetensors file at `path` with the keys of timm's VisionTransformer (num_classes=0), which is
-    what a run writes as encoder.safetensors. "hf": `path` is a folder, which gets model.safetensors and
+    "timm": a safetensors file with the keys of timm's VisionTransformer (num_classes=0), like a run's
+    encoder.safetensors; `info` is added to its metadata. "hf": a folder with model.safetensors and
     config.json for transformers.ViTModel.from_pretrained(path, add_pooling_layer=False), whose
-    last_hidden_state is what `vit` returns. ViTModel knows no layer scale: the gains are folded into the
-    linear layer before them, gamma * (W x + b) = (gamma W) x + gamma b.
+    last_hidden_state is what `vit` returns. ViTModel has no layer scale, so the gains are multiplied into
+    the linear layer before them: gamma * (W x + b) = (gamma W) x + gamma b.
     Raises ValueError for another form, and for "hf" without a class token, which ViTModel always has.
     """
     if form == "timm":
-        return common.save_encoder(vit, path)
+        return common.save_encoder(vit, path, **info)
     if form != "hf":
         raise ValueError(f"form is 'timm' or 'hf', not {form!r}")
     if vit.cls_token is None:
@@ -306,30 +269,27 @@ def export(vit, path, form="timm"):
     common.write_atomically(Path(path, "config.json"), lambda file: file.write_text(config))
 
 
-HF_NAMES = {
-    "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks": "encoder.layer",
-    "norm1": "layernorm_before", "attn.query": "attention.attention.query",
-    "attn.key": "attention.attention.key", "attn.value": "attention.attention.value",
-    "attn.proj": "attention.output.dense", "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "norm": "layernorm",
-}
+HF_NAMES = (
+    ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
+    ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("norm.", "layernorm."),
+    ("attn.proj.", "attention.output.dense."), ("attn.", "attention.attention."),
+    ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."),
+)
 
 
 def to_hf(vit):
-    """The weights of a ViT under ViTModel's names, layer scale folded in: {name: tensor}."""
+    """The weights of a ViT under ViTModel's names, without layer scale: {name: tensor}."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in vit.state_dict().items()}
-    for gain, layer in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
-        for name in [name for name in state if name.endswith(gain)]:
-            gamma = state.pop(name)
-            state[name.replace(gain, f"{layer}.weight")] *= gamma[:, None]
-            state[name.replace(gain, f"{layer}.bias")] *= gamma
+    for name in [name for name in state if name.endswith(".gamma")]:
+        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        gamma = state.pop(name)
+        state[f"{layer}.weight"] *= gamma[:, None]
+        state[f"{layer}.bias"] *= gamma
     for name in [name for name in state if ".qkv." in name]:
         for part, rows in zip(("query", "key", "value"), state.pop(name).chunk(3)):
             state[name.replace("qkv", part)] = rows.clone()  # safetensors takes no views
-    # Whole words between dots: norm is not norm1.
-    words = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, HF_NAMES))})(?![^.])")
-    return {words.sub(lambda match: HF_NAMES[match[0]], name): tensor for name, tensor in state.items()}
+    return renamed(state, HF_NAMES)
 
 
 def hf_config(vit):
@@ -341,3 +301,27 @@ def hf_config(vit):
                 image_size=height if height == width else [height, width],
                 patch_size=P if P == Q else [P, Q],
                 hidden_act="gelu", layer_norm_eps=vit.norm.eps, qkv_bias=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("python -m eval.encoders", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="a checkpoint of a format above, or the folder of a run")
+    parser.add_argument("out", help="timm: a new file that ends in .safetensors; hf: a new folder")
+    parser.add_argument("--form", choices=["timm", "hf"], default="timm")
+    parser.add_argument("--num_heads", "--num-heads", type=int, help="default: of FILE, else the usual")
+    parser.add_argument("--img_size", "--img-size", type=int, help="another one resizes the position table")
+    given = parser.parse_args(argv)
+    if Path(given.out).exists():
+        raise ValueError(f"{given.out} exists already: choose another name, nothing is overwritten")
+    if given.form == "timm" and not given.out.endswith(".safetensors"):
+        raise ValueError(f"{given.out} should end in .safetensors")
+    path = find_file(given.file)
+    sizes = {name: getattr(given, name) for name in ("num_heads", "img_size") if getattr(given, name)}
+    method = read_state(path)[2]
+    export(load_encoder(path, **sizes), given.out, given.form, **({"method": method} if method else {}))
+    print(f"wrote    {given.out}")
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,49 +1,41 @@
-"""Linear probe: how well a linear classifier reads the classes off frozen features.
+"""Linear probe: how well does a linear classifier read the classes from frozen features?
 
     python -m eval.linear_probe --checkpoint mae_pretrain_vit_base.pth --data ~/imagenet
     torchrun --nproc_per_node=8 -m eval.linear_probe --checkpoint runs/cae_v2_vit_b --sweep 0.05,0.1,0.2
     python -m eval.linear_probe --checkpoint runs/cae_v2_demo --data scenes --protocol ridge
 
-`--protocol lars`, the default, is the papers' protocol ([code] of CAE v2; MFM and MAE have the same):
+`--protocol lars`, the default, is the papers' one. [code]: the authors' code of CAE v2; MFM and MAE agree.
 
     feature     class token after the encoder's final norm (`--pool mean`: mean of the patch tokens)
     classifier  BatchNorm without affine, eps 1e-6, then a linear layer, weights N(0, 0.01), biases 0
-    training    LARS, momentum 0.9, trust 0.001, no weight decay; cross-entropy; batch 16384; 90 epochs, 10 of
-                warm-up; lr = 0.1 x batch / 256 = 6.4, cosine to 0, per step (CAE v2 S, B: batch 8192)
-    images      a random crop of 8 to 100 % of the area, bicubic, and a flip; in tests `protocol.centre_view`
+    training    LARS, momentum 0.9, trust 0.001, no weight decay; cross-entropy; batch 16384; 90 epochs,
+                10 of warm-up; lr = 0.1 x batch / 256 = 6.4, cosine to 0, per step (CAE v2 S, B: 8192)
+    images      a random crop of 8 to 100 % of the area, bicubic, and a flip; in tests `centre_view`
 
-The encoder is in eval mode and no byte of it changes. A run is a folder (`--out`) like one of pre-training:
-killed, it goes on from its last epoch by the same command; finished, the same command only tests it again.
-
+The encoder never changes. `--out` is the folder of a run, as in pre-training (default: linear_probe beside
+the checkpoint): the same command goes on after an interruption; once finished, it only tests again.
 `--attentive` is CAE's attentive probe: one learnable query attends to all tokens, then the same classifier.
-`--sweep 0.05,0.1,0.2` trains a classifier for each of these base rates on the same features; the best of
-them is chosen on the validation images, and the result line says so. `--random_init` probes a random
-encoder of the same shape: the floor.
+`--sweep 0.05,0.1,0.2` trains one classifier per base learning rate on the same features; the best is chosen
+on the validation images. `--random_init` probes a random encoder of the same shape, the baseline.
+`--protocol ridge` takes seconds: no augmentation, the mean of the patch tokens by default (which every
+method trains), a classifier in closed form (eval/ridge.py). Compare its numbers only with each other.
 
-`--protocol ridge` takes seconds where that takes hours: cached features, no augmentation, a classifier in
-closed form (eval/ridge.py), of the random encoder too. Its numbers compare with one another only. There the
-mean of the patch tokens is the default, which every encoder has and every method trains.
+Our decisions, where the sources are silent:
 
-Where the sources are silent:
-
-  [D1] BatchNorm sees the whole global batch: all processes gather all features and compute the same step, so
-       a number of processes or micro batches changes no result. (Of the authors' it is only known that the
-       statistics are those of a training batch.)
-  [D2] Warm-up is `common.learning_rate`'s: zero in the first step, the peak in the last one of the warm-up.
+  [D1] BatchNorm sees the whole global batch: every process gathers all features and computes the same step,
+       so the number of processes or micro batches changes no result.
+  [D2] Warm-up is linear, from 0 in its first step to the peak in its last one.
   [D3] An encoder without class token is probed by the mean of its patch tokens.
-  [D4] Of CAE's attentive probe only the idea is at hand: a cross-attention with a learnable query before the
-       classifier. Here it has the encoder's number of heads, keys and values without bias, no output
-       projection (the classifier is one), sees the class token too, and trains by the recipe above. The
-       tokens of a step stay in memory, at ViT-B 10 GB for 16384 images, shared by the processes.
-  [D5] Tested once, after the last epoch: no epoch is chosen by looking at the validation images.
+  [D4] Of the attentive probe only the idea is known. Ours has the encoder's number of heads, no biases, no
+       output projection, and the recipe above. It keeps a step's tokens: 10 GB for ViT-B and 16384 images.
+  [D5] One test, where training ends: no epoch is chosen by looking at the validation images.
 
-Dimension key: B global batch, A micro batches of m images, N patches, D width, H heads, d = D / H, K classes,
-n images.
+Dimension key: B global batch, A micro batches of m images in each of R processes, N patches, D width,
+H heads, d = D / H, K classes, n images, h x w size of a view.
 """
 
 import dataclasses
 import math
-import sys
 import time
 import typing
 
@@ -53,19 +45,18 @@ from einops import rearrange
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
+if not __package__:  # started by its file name, Python does not find common.py
+    raise SystemExit("error: start it as `python -m eval.linear_probe`")
 import common
 from common import flag
-from eval.protocol import (EvalConfig, append_result, check_classes, check_finite, check_pool, frozen_tokens,
-                           gather, open_checkpoint, pool_tokens, random_encoder, sha256)
+from eval.data import find_labelled
+from eval.protocol import (EvalConfig, all_gather, append_result, check_classes, check_finite, check_pool,
+                           frozen_tokens, open_checkpoint, pool_tokens, random_encoder, sha256)
 from eval.ridge import RIDGE, ridge_probe
-
-# Flags of the papers' protocol, in which the fast one has no part.
-LARS_FLAGS = ("attentive", "sweep", "random_init", "out", "fresh", "epochs", "batch_size", "lr",
-              "warmup_epochs")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(EvalConfig):
+class Config(EvalConfig, common.TrainConfig):
     """The whole command line."""
 
     protocol: typing.Literal["lars", "ridge"] = flag("lars", "the papers', or the fast one in closed form")
@@ -73,44 +64,29 @@ class Config(EvalConfig):
         "auto", "class token or mean of the patch tokens; auto: lars class token [code], ridge mean")
     attentive: bool = flag(False, "attention with a learnable query over all tokens before the classifier")
     sweep: str = flag("", "several base learning rates at once, as in 0.05,0.1,0.2")
-    random_init: bool = flag(False, "probe a random encoder of the same shape: the floor")
-    out: str = flag("", "folder of the run (default: linear_probe beside the checkpoint)")
-    fresh: bool = flag(False, "start a new numbered folder instead of going on with the run")
-    epochs: int = flag(90, "passes over the images [code]")
-    batch_size: int = flag(16384, "global batch of a training step [code]")
-    micro_batch: int = flag(0, "images encoded at once (default: a process's share, at most 256)")
-    lr: float = flag(0.1, "base learning rate, for a batch of 256 [code]")
+    random_init: bool = flag(False, "probe a random encoder of the same shape: the baseline")
+    epochs: int = flag(90, "passes over the images [code]", positive=True)
+    batch_size: int = flag(16384, "global batch of a training step [code]", positive=True)
+    lr: float = flag(0.1, "base learning rate, for a batch of 256 [code]", positive=True)
     warmup_epochs: float = flag(10.0, "epochs of linear warm-up [code]")
-
-    # What `common.Run` asks for and a probe has no flag for.
-    max_steps = 0
-    log_every = 10
 
     def __post_init__(self):
         super().__post_init__()
-        common.check_range(self, 1, "epochs")
-        common.check_range(self, 0, "micro_batch", "warmup_epochs")
-        common.check_range(self, None, "lr")
-        given = [name for name in LARS_FLAGS if getattr(self, name) != getattr(Config, name)]
+        training = ("attentive", "sweep", "random_init", "epochs", "batch_size", "lr", "warmup_epochs",
+                    "out", "compile", "save_every", "max_steps", "log_every", "fresh")
+        given = [name for name in training if getattr(self, name) != getattr(Config, name)]
         if self.protocol == "ridge" and given:
             raise ValueError(f"--{given[0]} belongs to --protocol lars, ridge has nothing to set")
         if self.attentive and self.pool != "auto":
             raise ValueError(f"--pool {self.pool} and --attentive exclude each other: attention pools")
-        self.base_rates  # read once, so that a wrong one is told now
+        rates = self.base_rates
+        if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"--sweep {self.sweep} must be different numbers above 0, as in 0.05,0.1,0.2")
 
     @property
     def base_rates(self):
-        try:
-            rates = [float(word) for word in self.sweep.split(",")] if self.sweep else [self.lr]
-        except ValueError:
-            rates = [0.0]
-        if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
-            raise ValueError(f"--sweep {self.sweep} must be different numbers above 0, as in 0.05,0.1,0.2")
-        return rates
-
-
-# --------------------------------------------------------------------------------------------------
-# the papers' protocol: images, classifier, optimiser
+        """The base learning rate of each probe."""
+        return [float(word) for word in self.sweep.split(",")] if self.sweep else [self.lr]
 
 
 class CropAndFlip:
@@ -126,22 +102,19 @@ class CropAndFlip:
 
 
 def random_box(height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """(top, left, height, width) of a random crop: its share of the area and the logarithm of its aspect are
-    uniform. One draw: where torchvision would draw again, a side that is too long is cut [code]."""
+    """(top, left, height, width) of a random crop: its share of the area and the logarithm of its aspect
+    are uniform. One draw: where torchvision would draw again, a side that is too long is cut [code]."""
     area = height * width * torch.empty(1).uniform_(*scale).item()
     aspect = math.exp(torch.empty(1).uniform_(math.log(ratio[0]), math.log(ratio[1])).item())
     w = min(round(math.sqrt(area * aspect)), width)
     h = min(round(math.sqrt(area / aspect)), height)
-    top = torch.randint(0, height - h + 1, (1,)).item()
-    left = torch.randint(0, width - w + 1, (1,)).item()
+    top, left = (torch.randint(0, space + 1, (1,)).item() for space in (height - h, width - w))
     return top, left, h, w
 
 
 class AttentivePool(nn.Module):
-    """Tokens (..., 1+N, D) to (..., D): cross-attention of one learnable query, with H heads [D4].
-
-    One query needs no keys or values of single tokens: per head q (K x) = (K^T q) x, sum a V x = V sum a x.
-    """
+    """Tokens (..., [1+]N, D) to (..., D): cross-attention of one learnable query, with H heads [D4]. One
+    query needs no keys and values of single tokens: q (K x) = (K^T q) x and sum a (V x) = V (sum a x)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -152,9 +125,10 @@ class AttentivePool(nn.Module):
 
     def forward(self, tokens):
         H, d = self.query.shape
-        key, value = (rearrange(layer.weight, "(h d) c -> h d c", h=H) for layer in (self.key, self.value))
-        question = torch.einsum("hd,hdc->hc", self.query, key) / math.sqrt(d)  # (H, D)
-        attention = (tokens @ question.T).softmax(dim=-2)  # (..., 1+N, H)
+        key, value = (rearrange(layer.weight, "(h d) c -> h d c", h=H)
+                      for layer in (self.key, self.value))  # (H, d, D)
+        query = torch.einsum("hd,hdc->hc", self.query, key) / math.sqrt(d)  # (H, D)
+        attention = (tokens @ query.T).softmax(dim=-2)  # (..., [1+]N, H)
         means = attention.transpose(-1, -2) @ tokens  # (..., H, D)
         return torch.einsum("...hc,hdc->...hd", means, value).flatten(-2)  # (..., D)
 
@@ -165,34 +139,26 @@ class Probe(nn.Module):
     def __init__(self, vit, num_classes, attentive, seed):
         super().__init__()
         dim = vit.config["embed_dim"]
-        torch.manual_seed(seed)  # so the probes of a sweep start alike, and as without a sweep
+        torch.manual_seed(common.seed_for(seed, "probe"))  # the probes of a sweep start alike
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
         self.linear = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
-        self.attention = AttentivePool(dim, vit.config["num_heads"]) if attentive else None
+        self.attention = AttentivePool(dim, vit.config["num_heads"]) if attentive else nn.Identity()
 
-    def forward(self, features, processes):
-        """This process's features (A, m, D), tokens (A, m, 1+N, D) if attentive, to the logits (B, K) of all
-        processes' images [D1]."""
-        if self.attention is not None:
-            features = self.attention(features)  # (A, m, D)
-        A = len(features)
+    def forward(self, features, dist):
+        """This process's features (A, m, D), or tokens (A, m, [1+]N, D) for attention, to the logits (B, K)
+        of the images of all processes [D1]."""
+        features = self.attention(features)  # (A, m, D)
+        A, R = len(features), dist.world
         with torch.no_grad():
-            everything = gather(features, A * processes.world, processes).clone()  # (A * world, m, D)
-        everything[processes.rank::processes.world] = features  # these rows lead back to the attention
-        return self.linear(self.norm(everything.flatten(0, 1)))  # (B, K)
-
-    def share_gradients(self, processes):
-        """The classifier's gradients are whole in every process; the attention's are of its own images."""
-        if self.attention is not None:
-            for parameter in self.attention.parameters():
-                processes.sum(parameter.grad)
+            gathered = all_gather(features, A * R, dist).clone()  # (A*R, m, D)
+        gathered[dist.rank::R] = features  # through its own rows the gradient reaches the attention
+        return self.linear(self.norm(gathered.flatten(0, 1)))  # (B, K)
 
     def predict(self, features):
-        """Features (B, D), or tokens (B, 1+N, D) if attentive, to classes (B,)."""
-        features = features if self.attention is None else self.attention(features)
-        return self.linear(self.norm(features)).argmax(dim=1)
+        """Features (n, D), or tokens (n, [1+]N, D) for attention, to classes (n,)."""
+        return self.linear(self.norm(self.attention(features))).argmax(dim=1)
 
 
 class Lars(torch.optim.Optimizer):
@@ -212,151 +178,121 @@ class Lars(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                g, state = p.grad, self.state[p]
+                g, momentum = p.grad, self.state[p].setdefault("momentum", torch.zeros_like(p))
                 if p.ndim > 1:
                     ratio = group["trust"] * p.norm() / g.norm()  # zero, infinite or NaN without a length
                     g = g * torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].mul_(group["momentum"]).add_(g)
-                p.sub_(group["lr"] * state["momentum"])
+                momentum.mul_(group["momentum"]).add_(g)
+                p.sub_(group["lr"] * momentum)
 
 
-# --------------------------------------------------------------------------------------------------
-# the papers' protocol: training and testing
-
-
-def encode(vit, batch, pool, config, processes):
-    """uint8 views (m, 3, H, W) to features (m, D), or tokens (m, 1+N, D) for attention; without gradient."""
-    with torch.no_grad(), common.autocast(processes.device, config.precision):
-        tokens = vit(common.normalise(batch.to(processes.device, non_blocking=True)))  # (m, [1+]N, D)
-    return check_finite(pool_tokens(tokens.float(), pool, math.prod(vit.grid)))
-
-
-def train(config, vit, pool, probes, images, run, processes, digest):
-    """Trains one probe per base learning rate on the same features; goes on where a run was interrupted."""
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
-                            processes.world)
+def train(config, vit, pool, probes, images, run, dist, digest):
+    """Trains one probe per base learning rate on the same features; goes on after an interruption."""
     if run.state and run.state["sha256"] != digest:
         raise ValueError(f"the checkpoint has changed since the run in {run.folder} started: give --fresh, "
                          "or another --out, for a new run")
+    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, dist.world)
     peaks = [rate * plan.batch_size / 256 for rate in config.base_rates]
-    optimizer = Lars([dict(params=probe.parameters()) for probe in probes], lr=0.0)
-    if processes.main:
-        describe(config, plan, pool, images, peaks, processes, run.folder)
-    start = run.begin(processes, plan, probes, optimizer, len(images))
-    samples = common.Samples(images, CropAndFlip(vit.img_size), config.seed)
-    batches = iter(common.training_loader(samples, plan, processes, config, start, plan.total_steps))
-    warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
     names = [f"loss_{rate:g}" for rate in config.base_rates] if config.sweep else ["loss"]
-
-    vit.eval().to(processes.device)
+    optimizer = Lars([dict(params=probe.parameters()) for probe in probes], lr=0.0)
+    if dist.is_main:
+        lr = ", ".join(f"{rate:g} x {plan.batch_size} / 256 = {peak:g}"
+                       for rate, peak in zip(config.base_rates, peaks))
+        print(f"probe    {'random' if config.random_init else 'pre-trained'} encoder, pool {pool}\n"
+              f"data     {len(images):,} images of {len(images.classes)} classes in {images.name}\n"
+              f"lr       {lr}\n"
+              f"batch    {plan.batch_size} = {dist.world} processes x {plan.accumulation} micro batches x "
+              f"{plan.micro_batch} images\n"
+              f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}\n"
+              f"files    {run.folder}/: config.json, log.jsonl, last.pt", flush=True)
+    run.begin(dist, plan, common.Samples(images, CropAndFlip(vit.img_size), config.seed), probes, optimizer)
+    warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
+    vit.eval().to(dist.device)
+    common.compile_blocks(config, dist.device, vit.blocks)
     probes.train()
-    for step in range(start, plan.total_steps):
+
+    for step in run.steps():
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = common.learning_rate(step, peak, warmup_steps, plan.total_steps)
+            group["lr"] = common.learning_rate(step, peak, warmup_steps, plan.total_steps)  # [D2]
 
         features, labels = [], []
-        for _ in range(plan.accumulation):
-            views, some = run.next_batch(batches)
-            features.append(encode(vit, views, pool, config, processes))
-            labels.append(some)
-        features = torch.stack(features)  # (A, m, D), for attention (A, m, 1+N, D)
-        labels = torch.stack(labels).to(processes.device)  # (A, m)
-        labels = gather(labels, plan.accumulation * processes.world, processes).flatten()  # (B,)
-        losses = [F.cross_entropy(probe(features, processes), labels) for probe in probes]
+        for views, micro_labels in run.micro_batches():
+            with torch.no_grad(), common.autocast(dist.device, config.precision):
+                tokens = vit(common.normalise(views.to(dist.device, non_blocking=True)))  # (m, [1+]N, D)
+            features.append(check_finite(pool_tokens(tokens.float(), pool, math.prod(vit.grid))))
+            labels.append(micro_labels)
+        features = torch.stack(features)  # (A, m, D) or (A, m, [1+]N, D)
+        labels = torch.stack(labels).to(dist.device)  # (A, m)
+        labels = all_gather(labels, plan.accumulation * dist.world, dist).flatten()  # (B,)
+        losses = [F.cross_entropy(probe(features, dist), labels) for probe in probes]
         sum(losses).backward()  # no probe's loss depends on another's weights
-        for probe in probes:
-            probe.share_gradients(processes)
+        for name, parameter in probes.named_parameters():
+            if "attention" in name:  # its gradient is of this process's images, the linear layer's of all
+                dist.all_reduce(parameter.grad)
         run.record(**dict(zip(names, losses)))
 
         grad_norm = nn.utils.get_total_norm([p.grad for p in probes.parameters()])
-        run.update(optimizer, grad_norm)
-        run.log(step + 1, optimizer.param_groups[0]["lr"], grad_norm)
-        stopping = run.stopping()
-        if (step + 1) % plan.steps_per_epoch == 0 or stopping:
+        if run.is_finite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if run.log(step + 1, optimizer.param_groups[0]["lr"], grad_norm) and dist.is_main:
             run.save(probes, optimizer, step + 1, sha256=digest)
-        if stopping:
-            run.close()
-            sys.exit(1)  # in a process that agreed to stop and has not been asked itself
-    run.close()
-
-
-def describe(config, plan, pool, images, peaks, processes, folder):
-    """Prints the resolved recipe, with its numbers as equations."""
-    rates = ", ".join(f"{rate:g} x {plan.batch_size} / 256 = {peak:g}"
-                      for rate, peak in zip(config.base_rates, peaks))
-    print(f"probe    LARS, pool {pool}, {'random' if config.random_init else 'pre-trained'} encoder\n"
-          f"data     {len(images):,} images of {len(images.classes)} classes in {images.name}\n"
-          f"lr       {rates}\n"
-          f"batch    {plan.batch_size} = {processes.world} processes x {plan.accumulation} micro batches x "
-          f"{plan.micro_batch} images\n"
-          f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}, "
-          f"{config.warmup_epochs:g} epochs of warm-up\n"
-          f"files    {folder}/: config.json, log.jsonl, last.pt", flush=True)
 
 
 @torch.no_grad()
-def accuracies(config, vit, pool, probes, images, processes):
+def accuracies(config, vit, pool, probes, images, dist):
     """Per cent of `images` that each probe gets right."""
     probes.eval()
-    right = torch.zeros(len(probes), device=processes.device)
-    for tokens, labels in frozen_tokens(vit, images, config.micro_batch or 256, config, processes):
-        features, labels = pool_tokens(tokens, pool, math.prod(vit.grid)), labels.to(processes.device)
+    right = torch.zeros(len(probes), device=dist.device)
+    for tokens, labels in frozen_tokens(vit, images, config.micro_batch or 256, config, dist):
+        features, labels = pool_tokens(tokens, pool, math.prod(vit.grid)), labels.to(dist.device)
         right += torch.stack([probe.predict(features).eq(labels).sum() for probe in probes])
-    return [100 * count / len(images) for count in processes.sum(right).tolist()]
+    return [100 * count / len(images) for count in dist.all_reduce(right).tolist()]
 
 
-def lars_probe(config, vit, pool, digest, images, val, run, processes):
-    """Trains and tests; gives the facts for the result line, and a line to print."""
-    seed = common.seed_for(config.seed, "probe")
-    probes = nn.ModuleList(Probe(vit, len(images.classes), pool == "attention", seed)
-                           for _ in config.base_rates).to(processes.device)
-    train(config, vit, pool, probes, images, run, processes, digest)
-    reached = accuracies(config, vit, pool, probes, val, processes)
+def lars_probe(config, vit, pool, digest, images, val, run, dist):
+    """Trains and tests; returns the facts for the result line, and a line to print."""
+    probes = nn.ModuleList(Probe(vit, len(images.classes), config.attentive, config.seed)
+                           for _ in config.base_rates).to(dist.device)
+    train(config, vit, pool, probes, images, run, dist, digest)
+    reached = accuracies(config, vit, pool, probes, val, dist)  # [D5]
     percent = {f"{rate:g}": value for rate, value in zip(config.base_rates, reached)}
-    best = max(percent, key=percent.get)
-    weights = "random init" if config.random_init else "pre-trained"
+    best, weights = max(percent, key=percent.get), "random init" if config.random_init else "pre-trained"
     facts = dict(features="augmented anew every epoch", weights=weights, accuracy=percent[best],
-                 base_lr=float(best))
+                 base_lr=float(best), step=run.stop, total_steps=run.plan.total_steps)
     line = f"linear probe (lars): {weights} {percent[best]:.1f} %"
     if config.sweep:
-        facts.update(accuracies=percent, chosen="base_lr, on the validation images")
+        facts |= dict(accuracies=percent, chosen="base_lr, on the validation images")
         each = ", ".join(f"{rate}: {value:.1f} %" for rate, value in percent.items())
         line += f" at base lr {best}, the best on the validation images of {each}"
     return facts, line
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
     checkpoint, vit = open_checkpoint(config)
-    lars = config.protocol == "lars"
-    folder = config.out or checkpoint.parent / "linear_probe"
-    run = common.Run("linear_probe", config, folder, "linear probe") if lars else None
+    lars, folder = config.protocol == "lars", config.out or checkpoint.parent / "linear_probe"
+    run = common.Run("linear_probe", config, folder, "linear_probe") if lars else None
     check_pool(config.pool, vit, checkpoint)
     usual = "cls" if lars and vit.cls_token is not None else "mean"  # [D3]
     pool = "attention" if config.attentive else usual if config.pool == "auto" else config.pool
-    images, val = (common.find_data(config.data, split, vit.img_size[0]) for split in ("train", "val"))
+    images, val = (find_labelled(config.data, split, vit.img_size[0]) for split in ("train", "val"))
     check_classes(images, val)
-    floor = random_encoder(vit, config.seed)
-    with common.processes(config.device) as processes:
+    with common.distributed(config.device) as dist:
         if lars:
-            encoder = floor if config.random_init else vit
-            facts, line = lars_probe(config, encoder, pool, sha256(checkpoint), images, val, run, processes)
+            encoder = random_encoder(vit, config.seed) if config.random_init else vit
+            facts, line = lars_probe(config, encoder, pool, sha256(checkpoint), images, val, run, dist)
         else:
-            lowest, reached = (ridge_probe(encoder, images, val, pool, config, processes)
-                               for encoder in (floor, vit))
-            facts = dict(features="cached features, no augmentation", ridge=RIDGE, random_init=lowest,
-                         accuracy=reached)
-            line = f"linear probe: random init {lowest:.1f} %, pre-trained {reached:.1f} %"
-        if processes.main:
+            random, ours = (ridge_probe(encoder, images, val, pool, config, dist)
+                            for encoder in (random_encoder(vit, config.seed), vit))
+            facts = dict(features="cached features, no augmentation", ridge=RIDGE, random_init=random,
+                         accuracy=ours)
+            line = f"linear probe: random init {random:.1f} %, pre-trained {ours:.1f} %"
+        if dist.is_main:
             append_result("linear_probe", checkpoint, vit, config, started, protocol=config.protocol,
                           data=config.data, train=images.name, val=val.name, train_images=len(images),
-                          val_images=len(val), classes=len(val.classes), pool=pool, seed=config.seed, **facts,
-                          device=str(processes.device))
+                          val_images=len(val), classes=len(val.classes), pool=pool, seed=config.seed,
+                          **facts, device=str(dist.device))
             print(line)
 
 

@@ -1,24 +1,24 @@
-"""What the evaluations share: flags, the view of an image in tests, frozen features, the result line.
+"""What the evaluations share: flags, the view in tests, frozen features, a training loop, the result line.
 
-Under torchrun every process takes its share of the images: number rank, rank + world, rank + 2 world ...
-
-Dimension key: B batch, N patches, D width, H x W size of the view, h x w size of the image as it is.
+Dimension key: B batch, N patches, D width, H x W size of the view, h x w size of the image.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import sys
 import time
-import typing
+from pathlib import Path
 
+import numpy as np
 import PIL
 import torch
-import torch.distributed
 import torchvision
+from torch import nn
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -26,56 +26,64 @@ import common
 from common import flag
 from eval.encoders import find_file, load_encoder
 
+MEAN_COLOUR = tuple(round(255 * value) for value in common.IMAGENET_MEAN)  # ImageNet's, in 0..255
+
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """The flags of every evaluation that trains no encoder."""
+class EvalConfig(common.MachineConfig):
+    """The flags of every evaluation. Raises ValueError without a checkpoint."""
 
     checkpoint: str = flag("", "a file (ours, timm, MAE, CAE v2 ...), or the folder of a run")
     data: str = flag("", "a folder with train/ and val/ (a folder per class), `cifar10` or `scenes` "
-                         "(default: $IMAGENET, else data/imagenet)")
+                         "(default: $IMAGENET, otherwise data/imagenet)")
     img_size: int = flag(0, "pixels of the image's side (default: the encoder's own)")
-    num_heads: int = flag(0, "heads of the encoder (default: what the file says, else the usual)")
-    seed: int = flag(0, "of everything that is drawn")
-    batch_size: int = flag(256, "images computed at once; changes no number but in rounding")
-    workers: int = flag(-1, "loader processes (default: this process's share of cores, at most 16; none "
-                            "for scenes)")
-    precision: typing.Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on GPU, else fp32")
-    device: typing.Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "where to compute")
+    num_heads: int = flag(0, "heads of the encoder (default: what the file says, otherwise the usual)")
+    batch_size: int = flag(256, "images computed at once; changes no number but in rounding", positive=True)
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.checkpoint:
             raise ValueError("--checkpoint is missing: give the encoder's file, or the folder of a run")
-        common.check_range(self, 0, "img_size", "num_heads", "seed")
-        common.check_range(self, 1, "batch_size")
-        if self.workers < 0:
-            share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            object.__setattr__(self, "workers", 0 if self.data == "scenes" else min(share, 16))
 
 
 def open_checkpoint(config, **override):
-    """(path, encoder) of the flags --checkpoint, --img_size, --num_heads; `override` as in `load_encoder`.
-
-    Raises ValueError where the result line, which belongs beside the checkpoint, could not be written.
-    """
+    """(path, encoder) of --checkpoint, --img_size and --num_heads; `override` as in `load_encoder`.
+    Raises FileNotFoundError or ValueError, also where the result line could not be written."""
     path = find_file(config.checkpoint)
     check_writable(path)
     given = {name: getattr(config, name) for name in ("img_size", "num_heads") if getattr(config, name)}
-    silent = contextlib.redirect_stdout(None) if int(os.environ.get("RANK", 0)) else contextlib.nullcontext()
-    with silent:
+    # The rank by hand: the processes may not be joined yet.
+    with only_main_prints(common.Dist(int(os.environ.get("RANK", 0)), 1, None)):
         return path, load_encoder(path, in_chans=3, **given, **override)
 
 
+def open_run(path, kind):
+    """(content of last.pt, its path) of a run's folder or file; `kind` as in `Run`, such as "finetuning".
+    Raises FileNotFoundError or ValueError, also where the result line could not be written."""
+    path = Path(path).expanduser()
+    path = path / "last.pt" if path.is_dir() else path
+    state = common.read_checkpoint(path)
+    if state.get("kind") != kind:
+        raise ValueError(f"{path} is not from a {kind} run: give the folder or the last.pt of one")
+    check_writable(path)
+    return state, path
+
+
 def check_writable(path):
-    """Looks now whether the result line of the checkpoint `path` can be written, not after hours."""
+    """Raises ValueError, before the work, where the result line of a checkpoint cannot be written."""
     log = path.parent / "eval.jsonl"
     if not os.access(log if log.exists() else log.parent, os.W_OK):
         raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint to a "
                          "folder of your own")
 
 
+def only_main_prints(dist):
+    """A context in which only the main process prints."""
+    return contextlib.nullcontext() if dist.is_main else contextlib.redirect_stdout(io.StringIO())
+
+
 def random_encoder(vit, seed):
-    """A ViT of the same shape with random weights: the floor that stands beside a result."""
+    """A ViT of the same shape with random weights: the baseline beside a result."""
     torch.manual_seed(seed)
     return common.ViT(**vit.config)
 
@@ -95,7 +103,7 @@ class CentreViews(torch.utils.data.Dataset):
 
 
 def centre_view(image, size, whole=True):
-    """The papers' view for tests, uint8 (3, h, w) to (3, H, W): short side to 256, bicubic, then the centre
+    """The papers' view in tests, uint8 (3, h, w) to (3, H, W): short side to 256, bicubic, then the centre
     of 224 pixels, in proportion for other sizes. `whole`: an image of that size already stays as it is."""
     (height, width), (h, w) = size, image.shape[1:]
     if whole and (h, w) == (height, width):
@@ -103,87 +111,93 @@ def centre_view(image, size, whole=True):
     scale = max(height / h, width / w) * 256 / 224
     # The long side rounds down, as torchvision's Resize does.
     resized = [math.floor(side * scale + 1e-6) for side in (h, w)]
-    image = TF.resize(image, resized, TF.InterpolationMode.BICUBIC, antialias=True)
-    return TF.center_crop(image, [height, width])
+    return TF.center_crop(TF.resize(image, resized, TF.InterpolationMode.BICUBIC), [height, width])
+
+
+def share_loader(dataset, batch_size, config, dist, collate=None):
+    """A loader of this process's share of a dataset: samples rank, rank + world, ...; so sums over the
+    processes are sums over the dataset. With `batch_size` None it gives single samples."""
+    share = range(dist.rank, len(dataset), dist.world)
+    return torch.utils.data.DataLoader(
+        dataset, batch_size, sampler=share, num_workers=common.num_workers(config), collate_fn=collate,
+        worker_init_fn=common.leave_group, pin_memory=dist.device.type == "cuda")
 
 
 @torch.no_grad()
-def frozen_tokens(vit, images, batch_size, config, processes):
-    """Yields (tokens after the final norm (B, [1+]N, D) float32 on the device, labels (B,)) of this process's
-    share of `images`, in order, without augmentation, the encoder in eval mode.
-
-    Raises ValueError for features that are not finite, and for fewer images than processes.
-    """
-    for batch, labels in centre_batches(vit, images, batch_size, config, processes):
-        with common.autocast(processes.device, config.precision):
+def frozen_tokens(vit, images, batch_size, config, dist):
+    """Yields (tokens after the final norm (B, [1+]N, D) float32 on the device, labels (B,)) of this
+    process's share of `images`. Raises ValueError as `centre_batches` and `check_finite` do."""
+    for batch, labels in centre_batches(vit, images, batch_size, config, dist):
+        with common.autocast(dist.device, config.precision):
             tokens = vit(batch).float()  # (B, [1+]N, D)
         yield check_finite(tokens), labels
 
 
-def centre_batches(vit, images, batch_size, config, processes):
-    """Yields (normalised views (B, 3, H, W) on the device, labels (B,)) of this process's share."""
-    if len(images) < processes.world:
-        raise ValueError(f"{images.name} holds {len(images)} images, fewer than the {processes.world} "
+def centre_batches(vit, images, batch_size, config, dist):
+    """Yields (normalised views (B, 3, H, W) on the device, labels (B,)) of this process's share, in order;
+    the encoder goes there too, in eval mode. Raises ValueError for fewer images than processes."""
+    if len(images) < dist.world:
+        raise ValueError(f"{images.name} holds {len(images)} images, fewer than the {dist.world} "
                          "processes: start fewer")
-    vit.eval().to(processes.device)
-    share = range(processes.rank, len(images), processes.world)
-    loader = torch.utils.data.DataLoader(
-        CentreViews(images, vit.img_size), batch_size, sampler=share, num_workers=config.workers,
-        worker_init_fn=common.own_group, pin_memory=processes.device.type == "cuda")
-    for batch, labels in tqdm(loader, images.name, len(loader), leave=False,
-                              disable=None if processes.main else True):
-        yield common.normalise(batch.to(processes.device, non_blocking=True)), labels
+    vit.eval().to(dist.device)
+    loader = share_loader(CentreViews(images, vit.img_size), batch_size, config, dist)
+    for batch, labels in tqdm(loader, images.name, leave=False, disable=None if dist.is_main else True):
+        yield common.normalise(batch.to(dist.device, non_blocking=True)), labels
 
 
-def check_finite(features):
-    if not features.isfinite().all():
-        raise ValueError("the encoder gives features that are not finite: its training went wrong")
-    return features
+def check_finite(values, what="the encoder gives features"):
+    """The same tensor. Raises ValueError for a NaN or an infinity in it."""
+    if not values.isfinite().all():
+        raise ValueError(f"{what} that are not finite: its training went wrong")
+    return values
 
 
 def pool_tokens(tokens, pool, num_patches):
-    """(B, [1+]N, D) to (B, D): the class token ("cls"), or the mean of the N patch tokens ("mean"); any other
-    word leaves the tokens as they are."""
+    """(B, [1+]N, D) to (B, D): the class token ("cls"), or the mean of the N patch tokens ("mean"); any
+    other word leaves the tokens as they are."""
     if pool == "mean":
         return tokens[:, -num_patches:].mean(dim=1)  # (B, D)
     return tokens[:, 0] if pool == "cls" else tokens
 
 
 def check_pool(pool, vit, checkpoint):
+    """Raises ValueError for --pool cls without a class token."""
     if pool == "cls" and vit.cls_token is None:
         raise ValueError(f"--pool cls: the encoder in {checkpoint} has no class token, use --pool mean")
 
 
-def gather(rows, count, processes):
-    """This process's share of rows (n_r, ...), as all (count, ...) rows in their order, in every process."""
-    if processes.world == 1:
+def all_gather(rows, count, dist):
+    """This process's share of rows (n_r, ...) to all (count, ...) rows, in order, in every process."""
+    if dist.world == 1:
         return rows
-    largest = -(-count // processes.world)
-    padded = torch.zeros(largest, *rows.shape[1:], dtype=rows.dtype, device=processes.device)
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(processes.world)]
+    missing = math.ceil(count / dist.world) - len(rows)  # 0 or 1: all processes must give equal shapes
+    padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]).to(dist.device)
+    parts = [torch.empty_like(padded) for _ in range(dist.world)]
     torch.distributed.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:count].to(rows.device)
 
 
 def check_classes(train, val):
-    """The label of a class is its place in the list: two lists that differ would compare cats with dogs."""
+    """Raises ValueError for two lists of classes that differ: a label is a place in the list."""
     if train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
+        only = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:3])
         raise ValueError(f"the {len(train.classes)} classes of {train.name} and the {len(val.classes)} of "
-                         f"{val.name} must be the same; in one of them only: {', '.join(only[:3])}"
-                         f"{' ...' if len(only) > 3 else ''}")
+                         f"{val.name} must be the same; in one of them only: {only}")
+
+
+def set_drop_path(blocks, rate):
+    """Stochastic depth of a ViT's blocks, rising linearly from 0 to `rate` in the last one."""
+    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+        block.drop_path.p = p
 
 
 def layer_groups(model, encoder, weight_decay, layer_decay):
     """AdamW's groups of a model's trainable parameters; `lr_scale` is their share of the learning rate:
-    layer_decay^(depth + 1 - id), where id is 0 for what comes before the encoder's blocks, i + 1 for block i,
-    depth + 1 for what comes after. Vectors, class token and positions have no weight decay."""
-    depth, groups, ids = len(encoder.blocks), {}, {}
-    for name, parameter in encoder.named_parameters():
-        part, *rest = name.split(".")
-        first = part in ("cls_token", "pos_embed", "patch_embed")
-        ids[parameter] = int(rest[0]) + 1 if part == "blocks" else 0 if first else depth + 1
+    layer_decay^(depth + 1 - id), where id is 0 for what comes before the encoder's blocks, i + 1 for
+    block i, depth + 1 for what comes after. Vectors, class token and positions have no weight decay."""
+    depth, groups, ids = len(encoder.blocks), {}, dict.fromkeys(encoder.parameters(), 0)
+    for index, block in enumerate([*encoder.blocks, encoder.norm]):
+        ids |= dict.fromkeys(block.parameters(), index + 1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (depth + 1 - ids.get(parameter, depth + 1))
@@ -193,18 +207,42 @@ def layer_groups(model, encoder, weight_decay, layer_decay):
     return list(groups.values())
 
 
+def fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate, clip_grad=math.inf):
+    """Fine-tuning, after `run.begin`: after each step it yields (steps done, learning rate, gradient norm),
+    and the caller logs and saves. `compute_loss(model, batch)` gives (loss, {name: scalar for the log}) of
+    a micro batch; it moves the batch to the device and has autocast around the forward pass. The rate of a
+    group is its `lr_scale` (see `layer_groups`) times `learning_rate(step)`. `clip_grad`: largest L2 norm."""
+    parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True)
+    for step in run.steps():
+        model.train()  # the caller may have tested it
+        lr = learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+        for micro, batch in enumerate(run.micro_batches()):
+            # Drop path, mixup and anchors are drawn in here: seeded, they need no saved generator.
+            torch.manual_seed(common.seed_for(config.seed, "step", step, plan.first_row(micro, dist)))
+            parallel.require_backward_grad_sync = micro == plan.accumulation - 1
+            loss, parts = compute_loss(parallel, batch)
+            (loss / plan.accumulation).backward()
+            run.record(loss=loss, **parts)
+
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        if run.is_finite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        yield step + 1, lr, grad_norm
+
+
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The SHA-256 of a file, which is mapped, not read into memory."""
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def append_result(kind, checkpoint, vit, config, started, **facts):
     """Appends the JSON line of a result to eval.jsonl beside the checkpoint, with all that is needed to
-    repeat it: the file's hash, flags, seed, versions, command. `started` is `time.perf_counter()` at the
-    start. Call it in the main process only."""
+    repeat it. `started` is `time.perf_counter()` at the start. Call it in the main process only."""
     record = dict(
         kind=kind, **facts, checkpoint=str(checkpoint), sha256=sha256(checkpoint), encoder=vit.config,
         view="torchvision uint8, bicubic antialias", seconds=round(time.perf_counter() - started, 1),
