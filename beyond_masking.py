@@ -7,10 +7,10 @@ of the others, those that move things help more than those that change their loo
 practice joins masking with a zoom.
 
 Why (our reading): where every patch stays in its place and only its look is changed, each token can
-be restored from itself alone: to sharpen or to colour is the work of a filter. Once things are moved
-the pixels asked for at a place are in other tokens: the encoder must know what is where and attend
-there, and a copy of the own patch is never right. Hidden patches are asked for though no token has
-them; zoomed in, so is what lies around the view. `centre` and `border` in the log are these two.
+be restored from itself alone: to sharpen or to colour is the work of a filter. Once things move, the
+pixels asked for at a place are in other tokens: the encoder must know what is where and attend there.
+Hidden patches are asked for though no token has them; zoomed in, so is what lies around the view.
+The log shows these two as `centre` and `border`.
 
   photo -- crop -- clean image -- degrade -- view (B, 3, S, S) -- visible patches -- ViT encoder
                        |                                                                 |
@@ -45,15 +45,15 @@ Recipe (bare command, ViT-B): epochs 300, batch_size 2048, lr 1.5e-4, min_lr 1e-
 warmup_epochs 20, weight_decay 0.05, mask_ratio 0.75, img_size 224, patch_size 16, crop_min 0.2
 
 Sources: [code] the authors' code, [readme] their README, [issue] the author's replies in their
-issue tracker. The text of the paper was not at hand. Where they are silent, we decided (what all
-methods share stands at the top of common.py):
+issue tracker. The text of the paper was not at hand. Our decisions, where these are silent (those
+that all methods share: top of common.py):
   [D1] The released zooms cannot run unmasked, though the author says that no task but `mask...`
        hides patches [issue]. Unmasked, their patch term runs over all patches; 0.8 and 0.2 stay.
   [D2] The released blur cannot run; its mean weight 1/49 and padding 3 fit a 7 x 7 convolution of
        3 to 3 channels. Its bias is drawn per image as well; the authors draw it once per process.
   [D3] The released decolor cannot run: its loader asks for pale colours, its engine for one grey
-       channel. We take the engine's mix, which is what the authors' figure shows, and the crop of
-       that folder: 8 to 100 % of the area, bilinear, no flip [code].
+       channel. Ours is the engine's mix, as in the authors' figure, with that folder's crop: 8 to
+       100 % of the area, bilinear, no flip [code].
   [D4] decolor's encoder has one input channel. The exported encoder takes RGB: each colour gets a
        third of the weights, the mean of the random mixes. On grey images nothing changes.
   [D5] mask+distort is not released: distort's loss over all patches, for a patch that the view
@@ -63,12 +63,11 @@ methods share stands at the top of common.py):
   [D7] Batch 2048 and 20 epochs of warm-up, as the authors' two-node launcher has them.
   [D8] Offsets of zoom_out and weights of decolor are drawn per image; authors: per batch.
 
-Commands (the same command again resumes):
+Commands (the same command again resumes; --out is runs/beyond_masking_MODEL_TASK):
   python beyond_masking.py --demo                                 built-in images, on a laptop
   python beyond_masking.py --model vit_s --data ~/photos --task zoom_in
   torchrun --nproc_per_node=8 beyond_masking.py --model vit_b     the best practice, ImageNet-1K
---out is runs/beyond_masking_MODEL_TASK unless given. To use the method elsewhere copy this file and
-common.py (and demo/ for `scenes`).
+To use the method elsewhere copy this file and common.py (and demo/ for `scenes`).
 """
 
 import functools
@@ -95,19 +94,14 @@ METHOD = "beyond_masking"  # in files and in the name of the run's folder
 TASKS = ("mask", "zoom_in", "zoom_out", "distort", "blur", "decolor",
          "mask+zoom_in", "mask+zoom_out", "mask+distort")
 
-SIZES = {
-    "vit_ti": dict(embed_dim=192, depth=12, num_heads=3, decoder_dim=96, decoder_depth=4,
-                   decoder_heads=3),  # [D6]
-    "vit_s": dict(embed_dim=384, depth=12, num_heads=6, decoder_dim=192, decoder_depth=4,
-                  decoder_heads=3),  # [D6]
-    "vit_b": dict(embed_dim=768, depth=12, num_heads=12, decoder_dim=384, decoder_depth=4,
-                  decoder_heads=6),  # [code]
-    "vit_l": dict(embed_dim=1024, depth=24, num_heads=16, decoder_dim=512, decoder_depth=8,
-                  decoder_heads=8),  # [D6]
-    # Not of the paper: for 28-pixel images with patches of 4.
-    "vit_demo": dict(embed_dim=128, depth=4, num_heads=4, decoder_dim=64, decoder_depth=1,
-                     decoder_heads=2),
-}
+COLUMNS = "embed_dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads"
+SIZES = {model: dict(zip(COLUMNS, row)) for model, row in {
+    "vit_ti": (192, 12, 3, 96, 4, 3),  # [D6]
+    "vit_s": (384, 12, 6, 192, 4, 3),  # [D6]
+    "vit_b": (768, 12, 12, 384, 4, 6),  # [code]
+    "vit_l": (1024, 24, 16, 512, 8, 8),  # [D6]
+    "vit_demo": (128, 4, 4, 64, 1, 2),  # ours, for 28-pixel images with patches of 4
+}.items()}
 
 
 def is_masked(task):
@@ -128,32 +122,26 @@ class Config(common.RunConfig):
 
     task: typing.Literal[TASKS] = flag("mask+zoom_in", "how the image is degraded [readme]")
     epochs: int = flag(300, "passes over the data [readme]", positive=True)
-    batch_size: int = flag(2048, "images per step over all processes [code] [D7]", positive=True)
-    lr: float = flag(1.5e-4, "base rate: for 256 images, scaled with the batch [code]", positive=True)
+    batch_size: int = flag(2048, "images per step, all processes [code] [D7]", positive=True)
+    lr: float = flag(1.5e-4, "base rate, per 256 images of the batch [code]", positive=True)
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine [code]")
     warmup_epochs: float = flag(20, "epochs of linear warm-up from 0 [code] [D7]")
     weight_decay: float = flag(0.05, "AdamW, constant; betas are 0.9, 0.95 [code]")
     mask_ratio: float = flag(0.0, "share of hidden patches (default: 0.75 in `mask...`) [code]")
     img_size: int = flag(224, "pixels of the view's side [code]", positive=True)
     patch_size: int = flag(16, "pixels of a patch's side [code]", positive=True)
-    crop_min: float = flag(0.2, "smallest random crop, as a share of the image's area; decolor: "
-                                "0.08 [code] [D3]", positive=True)
+    crop_min: float = flag(0.2, "smallest crop's share of the area; decolor 0.08 [code] [D3]",
+                           positive=True)
 
     def __post_init__(self):
         super().__post_init__()
         check_size(self.task, self.img_size, self.patch_size)
-        if self.mask_ratio and not is_masked(self.task):
-            raise ValueError(f"--task {self.task} hides no patches: --mask_ratio belongs to "
-                             f"{', '.join(filter(is_masked, TASKS))}")
-        if is_masked(self.task) and not 0 < self.num_masked < self.num_patches:
+        if is_masked(self.task) != (0 < self.num_masked < self.num_patches):
             raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {self.num_masked} of "
-                             f"{self.num_patches} patches: some must be hidden, some visible")
+                             f"{self.num_patches} patches: in tasks mask..., and in no others, some "
+                             "must be hidden and some visible")
         if self.crop_min > 1:
             raise ValueError("--crop_min is at most 1")
-
-    @property
-    def num_patches(self):
-        return (self.img_size // self.patch_size) ** 2
 
     @property
     def num_masked(self):
@@ -162,13 +150,11 @@ class Config(common.RunConfig):
 
     @property
     def scene_size(self):
-        # As large as the larger of view and clean image.
         return max(self.img_size, *clean_size(self.task, self.img_size))
 
     @property
     def run_name(self):
-        # The best practice's demo has no task in its name.
-        return super().run_name + f"_{self.task}" * (not self.demo or self.task != Config.task)
+        return super().run_name + f"_{self.task}" * (not self.demo)
 
     @property
     def peak_lr(self):
@@ -177,13 +163,12 @@ class Config(common.RunConfig):
     @property
     def facts(self):
         """What the printed recipe says of this method: {label: text}."""
-        hidden = f"{self.num_masked} of {self.num_patches} patches hidden"
         return dict(
             model=f"Beyond Masking, {self.model}",
             task=f"{self.task}: clean image {clean_size(self.task, self.img_size)[0]}, view "
-                 f"{self.img_size}, {hidden if is_masked(self.task) else 'all patches visible'}",
-            lr=f"{self.peak_lr:.2e} = {self.lr:.2e} x {self.batch_size} / 256, "
-               f"{self.warmup_epochs:g} epochs of warm-up")
+                 f"{self.img_size}, {self.num_masked if is_masked(self.task) else 'none'} of "
+                 f"{self.num_patches} patches hidden",
+            lr=f"{self.peak_lr:.2e} = {self.lr:.2e} x {self.batch_size} / 256")
 
 
 def degradation(task):
@@ -196,12 +181,10 @@ def check_size(task, img_size, patch_size):
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}: choose from {', '.join(TASKS)}")
     for side, patch in zip(common.pair(img_size), common.pair(patch_size)):
-        unit = math.lcm(7, patch) if "zoom" in task else patch
+        unit = math.lcm(7, patch) if "zoom" in task else patch  # the zooms are 9:7 and 5:7
         if side % unit:
-            near = sorted({max(side // unit, 1) * unit, (side // unit + 1) * unit})
-            why = " and of 7, as the zooms are 9:7 and 5:7" if "zoom" in task else ""
-            raise ValueError(f"img_size {side} is not a multiple of patch_size {patch}{why}: the "
-                             f"nearest that works is {' or '.join(map(str, near))}")
+            raise ValueError(f"--task {task} needs an img_size that is a multiple of {unit}, not "
+                             f"{side}: the next one is {(side // unit + 1) * unit}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,20 +192,15 @@ def check_size(task, img_size, patch_size):
 
 
 def clean_size(task, img_size):
-    """(H, W) of the clean image for a view of `img_size`: 9/7 of it, 5/7 of it, or the same. Δ
-
-    For 224: 288, 160 or 224 [code].
-    """
-    scale = dict(zoom_in=9, zoom_out=5).get(degradation(task), 7)
+    """(H, W) of the clean image for a view of `img_size`: 9/7 of it, 5/7 of it, or the same. Δ"""
+    scale = dict(zoom_in=9, zoom_out=5).get(degradation(task), 7)  # of 224: 288, 160, 224 [code]
     return tuple(side * scale // 7 for side in common.pair(img_size))
 
 
 def sample_params(task, batch, generator=None, img_size=224):
     """What `degrade` needs besides the image, for `batch` images: a dict of tensors, maybe empty.
-
     zoom_out: left, top (B,) int64, 0 .. 2/7 S - 1. distort: centre (B, 2) as x, y in [-1, 1],
-    magnitude (B,). blur: weight (B, 3, 3, 7, 7), bias (3,). decolor: weights (B, 3).
-    """
+    magnitude (B,). blur: weight (B, 3, 3, 7, 7), bias (3,). decolor: weights (B, 3)."""
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
@@ -243,10 +221,8 @@ def sample_params(task, batch, generator=None, img_size=224):
 
 def degrade(task, clean, params):
     """Clean images (B, 3, *clean_size), normalised, to views: (B, 3, S, S), decolor (B, 1, S, S). Δ
-
     Pure: all that is random comes in `params`, as `sample_params` draws it. Patches are hidden
-    later, in the encoder: zoom first, mask second [code].
-    """
+    later, in the encoder: zoom first, mask second [code]."""
     task = degradation(task)
     if task == "zoom_in":
         return center_crop(clean)  # (B, 3, S, S)
@@ -256,10 +232,10 @@ def degrade(task, clean, params):
         return fish_eye(clean, **params)
     if task == "blur":  # one convolution per image, which mixes the channels too
         kernels = rearrange(params["weight"], "b o i h w -> (b o) i h w")
-        blurred = F.conv2d(rearrange(clean, "b c h w -> 1 (b c) h w"), kernels, padding=3,
-                           groups=len(clean))
+        images = rearrange(clean, "b c h w -> 1 (b c) h w")
+        images = F.conv2d(images, kernels, padding=3, groups=len(clean))
         bias = params["bias"][..., None, None]  # (3, 1, 1) or (B, 3, 1, 1)
-        return rearrange(blurred, "1 (b c) h w -> b c h w", b=len(clean)) + bias
+        return rearrange(images, "1 (b c) h w -> b c h w", b=len(clean)) + bias
     if task == "decolor":  # of normalised values; the weights need not sum to 1 [code]
         return (clean * params["weights"][..., None, None]).sum(dim=1, keepdim=True)  # (B, 1, S, S)
     return clean
@@ -272,10 +248,8 @@ def center_crop(images):
 
 
 def symmetric_pad(images, params):
-    """Images (B, C, R, R) at (top, left) of a canvas of 7/5 their size, amid their mirror images.
-
-    The edge pixel is repeated (numpy's "symmetric"): -1 shows 0, -2 shows 1 [code].
-    """
+    """Images (B, C, R, R) at (top, left) of a canvas of 7/5 their size, amid their mirror images,
+    the edge pixel repeated (numpy's "symmetric"): -1 shows 0, -2 shows 1 [code]."""
     for dim, offset in ((2, params["top"]), (3, params["left"])):
         size = images.shape[dim]
         place = torch.arange(size * 7 // 5, device=images.device)
@@ -288,10 +262,8 @@ def symmetric_pad(images, params):
 
 
 def fish_eye(images, centre, magnitude):
-    """What lies at q comes from q + m |c - q| (c - q), in coordinates of -1 .. 1 as x, y [code].
-
-    images (B, C, S, S), centre c (B, 2), magnitude m (B,). Corner pixels lie at -1 and 1.
-    """
+    """Images (B, C, S, S) in which q shows what was at q + m |c - q| (c - q): centre c (B, 2),
+    magnitude m (B,), in coordinates x, y that are -1 and 1 at the corner pixels [code]."""
     y, x = (torch.linspace(-1, 1, side, device=images.device) for side in images.shape[-2:])
     q = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(images)  # (S, S, 2)
     towards = centre[:, None, None] - q  # (B, S, S, 2)
@@ -300,20 +272,17 @@ def fish_eye(images, centre, magnitude):
 
 
 class Augment:
-    """Makes a training sample in a worker: clean image, what is drawn for its degradation, mask.
-
-    Random resized crop, bicubic, and flip, nothing else [code]; decolor: bilinear, no flip [D3]. The
-    image is uint8 (3, R, R), the mask, where the task has one, (N,) bool.
-    """
+    """Makes a training sample in a worker: clean image uint8 (3, R, R), what is drawn for its
+    degradation, and where the task has one the mask (N,) bool. Random resized crop, bicubic, and
+    flip, nothing else [code]; decolor: bilinear, no flip [D3]."""
 
     def __init__(self, config):
         self.config, self.size = config, clean_size(config.task, config.img_size)
 
     def __call__(self, image, label):  # labels have no use here
-        config, grey = self.config, self.config.task == "decolor"
+        config, grey, kind = self.config, self.config.task == "decolor", TF.InterpolationMode
         box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), ratio=(3 / 4, 4 / 3))
-        kind = TF.InterpolationMode.BILINEAR if grey else TF.InterpolationMode.BICUBIC
-        image = TF.resized_crop(image, *box, self.size, kind)
+        image = TF.resized_crop(image, *box, self.size, kind.BILINEAR if grey else kind.BICUBIC)
         if not grey and torch.rand(()) < 0.5:
             image = TF.horizontal_flip(image)
         params = sample_params(config.task, 1, img_size=config.img_size)
@@ -324,8 +293,8 @@ class Augment:
 
 
 def inputs(batch, device):
-    """A batch of `Augment` to what the model takes: clean images (B, 3, R, R) normalised float32 and
-    params on the device, and the mask (B, N) or None, which stays on the CPU."""
+    """A batch of `Augment` to what the model takes: clean images (B, 3, R, R), normalised, and params
+    on the device, and the mask (B, N) or None, which stays on the CPU."""
     clean, params, *mask = batch
     params = {name: value.to(device, non_blocking=True) for name, value in params.items()}
     return common.normalise(clean.to(device, non_blocking=True)), params, mask[0] if mask else None
@@ -354,11 +323,8 @@ def area_resize(images, size):
 
 
 def normalise_patches(images, patch_size):
-    """Normalised images (B, 3, S, S) to patches (B, N, P*P*3), each of mean 0 and std 1. Δ
-
-    Per patch and per colour, with the unbiased std, of pixels in 0 .. 1 [code]; MAE normalises the
-    three colours of a patch together.
-    """
+    """Normalised images (B, 3, S, S) to patches (B, N, P*P*3), each of mean 0 and std 1 per colour,
+    with the unbiased std, of pixels in 0 .. 1 [code]; MAE takes the three colours together. Δ"""
     patches = common.patchify(common.unnormalise(images), patch_size)  # (B, N, P*P*3)
     pixels = rearrange(patches, "b n (pq c) -> b n pq c", c=3)
     std, mean = torch.std_mean(pixels, dim=2, keepdim=True)
@@ -367,8 +333,8 @@ def normalise_patches(images, patch_size):
 
 def pixel_target(task, clean, patch_size, img_size):
     """What pred is compared with, a dict of patches (B, N, P*P*3) [code]: "whole" is all of the
-    clean image, at the size of pred. Zoomed in, "centre" is the view, normalised on its own patches:
-    at the seam it does not agree with the border around it, by the authors' design."""
+    clean image, at the size of pred. Zoomed in, "centre" is the view, normalised on its own patches;
+    at the seam it differs from the border around it, by the authors' design."""
     target = dict(whole=normalise_patches(area_resize(clean, img_size), patch_size))
     if degradation(task) == "zoom_in":
         target["centre"] = normalise_patches(center_crop(clean), patch_size)
@@ -404,11 +370,8 @@ def in_fp32(device):
 
 
 class BeyondMasking(nn.Module):
-    """Encoder, bridge and decoder for one task. `.encoder` is a `common.ViT`.
-
-    Sizes and patch may be (H, W) pairs; clean images have 3 channels.
-    Raises ValueError for an unknown task and for an img_size that does not fit it.
-    """
+    """Encoder, bridge and decoder for one task. `.encoder` is a `common.ViT`. Sizes and patch may be
+    (H, W) pairs. Raises ValueError for an unknown task and for an img_size that does not fit it."""
 
     def __init__(self, task, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_dim=384, decoder_depth=4, decoder_heads=6, class_token=False):
@@ -421,13 +384,10 @@ class BeyondMasking(nn.Module):
         N = math.prod(self.encoder.grid)
         self.encoder.set_positions(common.sinusoid_1d(embed_dim, N))  # Δ not 2-D [code]
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_dim, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim),
-                                       requires_grad=is_masked(task))
+        mask_token = torch.zeros(1, 1, decoder_dim)
+        self.mask_token = nn.Parameter(mask_token, requires_grad=is_masked(task))
         self.decoder = Decoder(self.encoder.grid, decoder_dim, decoder_depth, decoder_heads,
                                3 * math.prod(self.encoder.patch_size))
-        self._initialise()
-
-    def _initialise(self):
         # Linear layers of the blocks and the head: a normal of std 0.02 cut at one sigma, biases 0.
         # The patch convolution and the bridge keep torch's defaults, as the authors' routine never
         # reaches them [code].
@@ -456,16 +416,14 @@ class BeyondMasking(nn.Module):
         return self.decoder(x)
 
     def forward(self, clean, params, mask=None):
-        """Returns (loss, parts): for the zoom-in, parts are the detached "centre" and "border".
-
-        clean (B, 3, *clean_size(task, img_size)), normalised; params as `sample_params` gives them;
-        mask (B, N) bool, True = hidden, the same count per row, for `mask...` tasks and no others.
-        """
+        """Clean images (B, 3, *clean_size(task, img_size)), normalised, params of `sample_params`,
+        and for `mask...` tasks alone a mask (B, N) bool, True = hidden, to (loss, parts): parts of
+        zoom_in are "centre" and "border", detached."""
         size, grid, patch = self.encoder.img_size, self.encoder.grid, self.encoder.patch_size
-        R, Q = clean_size(self.task, size)
-        if clean.ndim != 4 or tuple(clean.shape[1:]) != (3, R, Q):
+        expected = (len(clean), 3, *clean_size(self.task, size))
+        if clean.shape != expected:
             raise ValueError(f"clean images of shape {tuple(clean.shape)} were given, the task "
-                             f"{self.task} expects (B, 3, {R}, {Q})")
+                             f"{self.task} expects {expected}")
         if (mask is not None) != is_masked(self.task):
             raise ValueError(f"the task {self.task} needs {'a' if mask is None else 'no'} mask")
         ids_keep = ids_masked = None
@@ -478,8 +436,8 @@ class BeyondMasking(nn.Module):
             target = pixel_target(self.task, clean, patch, size)
         pred = self.predict(view, ids_keep, ids_masked)  # (B, N, P*P*3)
         with in_fp32(clean.device):
-            return recovery_loss(self.task, pred.to(clean.dtype), target, params, ids_masked, patch,
-                                 grid)
+            pred = pred.to(clean.dtype)
+            return recovery_loss(self.task, pred, target, params, ids_masked, patch, grid)
 
 
 def build(config):
@@ -519,11 +477,9 @@ def example(config):
 
 
 def recovery_loss(task, pred, target, params, ids_masked, patch_size, grid):
-    """(loss, parts) of pred (B, N, P*P*3), in fp32; ids_masked (B, M) or None. Δ
-
-    Where the view shows another part of the clean image than pred, both pred and target are brought
-    to the clean image's own size first, and the hidden patches are those of the view [code].
-    """
+    """(loss, parts) of pred (B, N, P*P*3), in fp32; ids_masked (B, M) or None. Where the view shows
+    another part of the clean image than pred, both pred and target are brought to the clean image's
+    own size first, and the hidden patches are those of the view [code]. Δ"""
     whole = target["whole"]  # (B, N, P*P*3)
     if "zoom" in task:
         size = clean_size(task, [side * patch for side, patch in zip(grid, patch_size)])
@@ -546,8 +502,8 @@ def patch_error(pred, target, ids_masked):
 
 
 def zoom_in_loss(pred, whole, centre, ids_masked, patch_size):
-    """0.8 of the error on the view's patches `centre` (B, N, P*P*3), 0.2 of that on the border
-    around it; pred and `whole` are images (B, 3, R, R). Its four strips are means, summed [code]."""
+    """0.8 of the error on the view's patches `centre` (B, N, P*P*3), 0.2 of that on the border; pred
+    and `whole` are images (B, 3, R, R). The border's four strips are means, summed [code]."""
     view = common.patchify(center_crop(pred), patch_size)  # (B, N, P*P*3)
     inside = patch_error(view, centre, ids_masked)
     error, (h, w) = (pred - whole).square(), (side // 9 for side in pred.shape[-2:])
@@ -561,12 +517,12 @@ def zoom_in_loss(pred, whole, centre, ids_masked, patch_size):
 
 
 @torch.no_grad()
-def preview_rows(model, batch, device):
-    """Rows of (3, S, S) images in 0 .. 1: clean | view, hidden patches grey | target | pred."""
+def preview(path, config, model, batch, device):
+    """Draws a batch of `Augment` as rows: clean | view, hidden patches grey | target | prediction."""
     model.eval()
     (clean, params, mask), vit = inputs(batch, device), model.encoder
     ids = common.mask_to_ids(mask, device) if mask is not None else ()
-    view = degrade(model.task, clean, params)
+    view = degrade(model.task, clean, params)  # (B, C, S, S)
     target = pixel_target(model.task, clean, vit.patch_size, vit.img_size)["whole"]
     seen = common.unnormalise(view.expand(-1, 3, -1, -1))  # (B, 3, S, S)
     if mask is not None:
@@ -575,12 +531,7 @@ def preview_rows(model, batch, device):
     # Both in units of a patch's own std, as the loss compares them: nothing leaks.
     target, pred = (0.5 + common.unpatchify(tokens, vit.patch_size, vit.grid) / 5
                     for tokens in (target, model.predict(view, *ids)))
-    return list(zip(common.unnormalise(clean), seen, target, pred))
-
-
-def preview(path, config, model, batch, device):
-    """Draws a batch of `Augment`, a row per image (see `preview_rows`)."""
-    common.save_panels(path, preview_rows(model, batch, device),
+    common.save_panels(path, list(zip(common.unnormalise(clean), seen, target, pred)),
                        ["clean", f"seen: {config.task}", "target", "prediction"],
                        "3rd, 4th: pixels in units of their patch's std, as compared in the loss.")
 
@@ -602,9 +553,8 @@ def train(config, run, dist):
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
                             dist.world)
-    if dist.is_main:
-        data = f"{len(images):,} images in {images.name}"
-        common.describe(config.facts, config, model, plan, dist, data, run.folder)
+    common.describe(config.facts, config, model, plan, dist,
+                    f"{len(images):,} images in {images.name}", run.folder)
     run.begin(dist, plan, samples, model, optimizer)
     parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True)
@@ -625,17 +575,16 @@ def train(config, run, dist):
             (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
 
-        # For the log: nothing is clipped [code].
-        grad_norm = nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None])
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)  # for the log: nothing is clipped [code]
         if run.is_finite(grad_norm):  # otherwise the step is skipped, and counted
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # time to save
             run.save(model, optimizer, step + 1, rgb_encoder(model.encoder))
-            picture = run.folder / "preview.png"
-            preview(picture, config, model, common.preview_batch(samples), device)
+            batch = common.preview_batch(samples)
+            preview(run.folder / "preview.png", config, model, batch, device)
             model.train()
 
 

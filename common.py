@@ -987,6 +987,10 @@ class RunConfig(TrainConfig):
                              f"{self.patch_size}")
 
     @property
+    def num_patches(self):
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
     def run_name(self):
         """How the default --out ends."""
         return "demo" if self.demo else self.model
@@ -1032,6 +1036,8 @@ def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=
 
 def describe(facts, config, model, plan, dist, data, folder):
     """Prints the resolved recipe, its numbers as equations; `facts` are lines {label: text}."""
+    if not dist.is_main:
+        return
     total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
     lines = dict(
         facts, model=f"{facts['model']}: {total:,} parameters, {encoder:,} of them in the encoder",

@@ -6,12 +6,12 @@ ICCV 2023. Released code: open-mmlab/mmpretrain. Base method: He et al., MAE, ar
 The idea in one sentence: the decoder of MAE gets the shallow blocks' features directly [abs], so
 that the deep blocks need not carry the detail of pixels up to the last layer (our reading).
 
-Why: MAE's decoder sees the last block alone, and it is asked for pixels. Edges, textures, colours
-are known after the first blocks, but must survive all the others to be of use: width and attention
-spent on carrying them are what the paper calls wasted capability. With a direct way for shallow
-features the deep blocks are free for what takes depth. Where to look: `weight_0` ... in the log are
-the shares of the fused blocks, which start equal; a shallow block above its 1/n is asked for more.
-`python -m eval.frequency` shows how much high frequency the last block still carries.
+Why: MAE's decoder sees the last block alone and is asked for pixels. Edges, textures, colours are
+known after the first blocks, but must survive all others to be of use: width and attention spent on
+carrying them are what the paper calls wasted capability. Given the shallow features directly, the
+deep blocks are free for what takes depth. The log shows it: `weight_0` ... are the shares of the
+fused blocks, equal at the start; a block above 1/L is read more than the average. eval/frequency
+shows how much high frequency the last block still carries.
 
   image -- visible patches -- ViT encoder: blocks 0 .. 11, each (B, 1+V, D)
                                   |   |   |      |
@@ -24,13 +24,12 @@ the shares of the fused blocks, which start equal; a shallow block above its 1/n
               pixels of the M hidden patches: pred (B, M, P*P*C), target the same: squared error
 
   z    = LN( sum_k w_k (A_k h_k + b_k) ),  w = softmax(s),  A_n = 1, b_n = 0
-  loss = mean over hidden patches of |pred - t|^2 / P P C,  t = (x - mean x) / sqrt(var x + 1e-6)
-In the code: h_k `outputs`, A_k and b_k `projections`, s `logits`, w `weights`, z what `encode` gives,
-x a patch of the image, t `target`.
+  loss = mean over hidden patches of |pred - t|^2 / PPC,  t = (x - mean x) / sqrt(var x + 1e-6)
+In the code: h `outputs`, A, b `projections`, s `logits`, w `weights`, t `target`, x a true patch.
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, E decoder
-width, P patch side, C channels, H W image height and width, L fused blocks, h heads, d width of a
-head, T tokens.
+width, P patch side, C channels, S crop side, H W image height and width, K gathered patches,
+L fused blocks, h heads, d width of a head.
 
 What differs from MAE (marked Δ): the decoder reads several blocks, each but the last through its
 own linear map, averaged with learnable weights before the final norm; the logits of the weights
@@ -42,13 +41,13 @@ Recipe (bare command, ViT-B): epochs 300, batch_size 4096, lr 1.5e-4, warmup_epo
 weight_decay 0.05, mask_ratio 0.75, img_size 224, patch_size 16
 
 Sources: [code] mmpretrain's release, [mae] facebookresearch/mae, [fork] the first author's forks,
-[abs] the abstract. The body of the paper was not at hand. Where these are silent or differ (what
-all methods share stands at the top of common.py):
+[abs] the abstract. The body of the paper was not at hand. Our decisions, where these are silent or
+differ (those that all methods share: top of common.py):
   [D1] Only depth 12 has a released set, 0,2,4,6,8,11. Other depths keep its spacing: five blocks a
-       sixth of the depth apart, then the last. 24: 0,4,8,12,16,23. ViT-S, -Ti use 12's set too.
+       sixth of the depth apart, then the last. 24: 0,4,8,12,16,23.
   [D2] Resizing is bilinear, as released; the author's fork has bicubic there.
-  [D3] New models have MAE's position tables, column first. mmpretrain's are row first, which is
-       the same thing until weights are exchanged: a checkpoint brings its own tables.
+  [D3] New models have MAE's position tables, column first; mmpretrain's are row first, the same
+       thing until weights are exchanged. A checkpoint brings its own.
   [D4] Weight decay by the released rule, with or without fusion: the fusion's logits decay, the
        class and mask tokens do not (in facebookresearch/mae they do).
   [D5] Warm-up starts at 1e-4 of the peak, as in the released 300 epochs (800 epochs: 1e-9, MAE: 0).
@@ -56,12 +55,11 @@ all methods share stands at the top of common.py):
        of the attention fusion, whose start is not known, start as all others.
   [D7] The radius of the low-pass filter, 40 at 224 pixels [fork], grows with the image.
 
-Commands (the same command again resumes):
+Commands (the same command again resumes; --out is runs/mfm_mae_MODEL):
   python mfm_mae.py --demo [--fuse none]                   built-in images, on a laptop [MAE]
   python mfm_mae.py --model vit_s --data ~/photos          one GPU, any folder of images
   torchrun --nproc_per_node=8 mfm_mae.py --model vit_b     the released run: ImageNet, 300 epochs
---out is runs/mfm_mae_MODEL unless given. To use the method elsewhere copy this file and common.py
-(and demo/ for `scenes`).
+To use the method elsewhere copy this file and common.py (and demo/ for `scenes`).
 """
 
 import re
@@ -83,25 +81,17 @@ from common import flag
 
 METHOD = "mfm_mae"  # in files and in the name of the run's folder
 
-# mmpretrain calls ViT-S `deit-small`; the decoders of ViT-S and -Ti are those of the fork.
-SIZES = {
-    "vit_ti": dict(embed_dim=192, depth=12, num_heads=3,
-                   decoder_dim=192, decoder_depth=8, decoder_heads=12),  # [fork]
-    "vit_s": dict(embed_dim=384, depth=12, num_heads=6,
-                  decoder_dim=384, decoder_depth=8, decoder_heads=12),  # [fork]
-    "vit_b": dict(embed_dim=768, depth=12, num_heads=12,
-                  decoder_dim=512, decoder_depth=8, decoder_heads=16),  # [code]
-    "vit_l": dict(embed_dim=1024, depth=24, num_heads=16,
-                  decoder_dim=512, decoder_depth=8, decoder_heads=16),  # [mae]
-    "vit_h": dict(embed_dim=1280, depth=32, num_heads=16,
-                  decoder_dim=512, decoder_depth=8, decoder_heads=16),  # [mae]
-    # Not of the paper: for 32-pixel images with patches of 4.
-    "vit_demo": dict(embed_dim=128, depth=4, num_heads=4,
-                     decoder_dim=64, decoder_depth=1, decoder_heads=4),
-}
+COLUMNS = "embed_dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads"
+SIZES = {model: dict(zip(COLUMNS, row)) for model, row in {
+    "vit_ti": (192, 12, 3, 192, 8, 12),  # [fork]
+    "vit_s": (384, 12, 6, 384, 8, 12),  # [fork]
+    "vit_b": (768, 12, 12, 512, 8, 16),  # [code]
+    "vit_l": (1024, 24, 16, 512, 8, 16),  # [mae]
+    "vit_h": (1280, 32, 16, 512, 8, 16),  # [mae]
+    "vit_demo": (128, 4, 4, 64, 1, 4),  # ours, for 32-pixel images with patches of 4
+}.items()}
 DEPENDS = dict(patch_size=("model", {"vit_h": 14}))  # [mae]
 
-# Many small steps: 500 of 64 images gained MAE 15 points, 1000 of 32 images 26 at the same cost.
 DEMO = dict(model="vit_demo", data="scenes", img_size=32, patch_size=4, epochs=2, batch_size=32,
             lr=1.6e-2, warmup_epochs=0.2, norm_pix="off", workers=0, log_every=50)
 
@@ -110,9 +100,9 @@ DEMO = dict(model="vit_demo", data="scenes", img_size=32, patch_size=4, epochs=2
 class Config(common.RunConfig):
     """The recipe; the flags that are no part of it come from common.RunConfig."""
 
-    epochs: int = flag(300, "passes over the data; 800 is the other released run [code]", positive=True)
-    batch_size: int = flag(4096, "images per step over all processes, 8 x 512 [code]", positive=True)
-    lr: float = flag(1.5e-4, "base rate: for 256 images, scaled with the batch [code]", positive=True)
+    epochs: int = flag(300, "passes over the data; 800 was released too [code]", positive=True)
+    batch_size: int = flag(4096, "images per step, all processes: 8 x 512 [code]", positive=True)
+    lr: float = flag(1.5e-4, "base rate, per 256 images of the batch [code]", positive=True)
     warmup_epochs: float = flag(40, "epochs of linear warm-up [code] [D5]")
     weight_decay: float = flag(0.05, "AdamW, constant; betas are 0.9, 0.95 [code] [D4]")
     mask_ratio: float = flag(0.75, "share of hidden patches; the visible count is cut off [code]")
@@ -135,19 +125,15 @@ class Config(common.RunConfig):
             raise ValueError(f"--fuse {self.fuse} should read like 0,2,4,6,8,11, or none")
 
     @property
-    def num_patches(self):
-        return (self.img_size // self.patch_size) ** 2
-
-    @property
     def num_masked(self):
-        # The number of visible patches is truncated, in floating point [mae] [code].
+        # The number of visible patches is truncated [mae] [code].
         return self.num_patches - int(self.num_patches * (1 - self.mask_ratio))
 
     @property
     def out_indices(self):
         """The blocks to fuse; none is MAE."""
         if self.fuse:
-            return tuple(int(index) for index in self.fuse.split(",")) if self.fuse != "none" else ()
+            return () if self.fuse == "none" else tuple(map(int, self.fuse.split(",")))
         depth = SIZES[self.model]["depth"]
         return tuple(sorted({*(k * depth // 6 for k in range(5)), depth - 1}))  # [D1]
 
@@ -158,15 +144,13 @@ class Config(common.RunConfig):
     @property
     def facts(self):
         """What the printed recipe says of this method: {label: text}."""
-        fused = f"{self.fusion} of blocks {','.join(map(str, self.out_indices))}, projection " \
-                f"{self.projection}"
+        blocks = ",".join(map(str, self.out_indices))
         return dict(
-            model=f"{'MFM' if self.out_indices else 'MAE'}, {self.model}",
+            model=f"{'MFM' if blocks else 'MAE'}, {self.model}",
             task=f"{self.num_masked} of {self.num_patches} patches hidden, {self.augment}; target: "
-                 f"{self.target}{', normalised per patch' if self.norm_pix == 'on' else ''}",
-            fusion=fused if self.out_indices else "none",
-            lr=f"{self.peak_lr:.2e} = {self.lr:.2e} x {self.batch_size} / 256, "
-               f"{self.warmup_epochs:g} epochs of warm-up")
+                 f"{self.target}{', normalised per patch' * (self.norm_pix == 'on')}",
+            fusion=f"{self.fusion} of blocks {blocks or 'none'}, projection {self.projection}",
+            lr=f"{self.peak_lr:.2e} = {self.lr:.2e} x {self.batch_size} / 256")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,10 +159,8 @@ class Config(common.RunConfig):
 
 class Augment:
     """Makes a training sample in a worker: image uint8 (3, S, S), mask (N,) bool.
-
     `resize_crop`: short side to S, 4 pixels of reflection around, a crop of S anywhere [code]. Δ
-    `rrc`: a random part of 20 to 100 % of the area, resized to S [mae]. Both flip every other one.
-    """
+    `rrc`: a random part, 20 to 100 % of the area, resized to S [mae]. Both flip every other one."""
 
     def __init__(self, config):
         self.config = config
@@ -198,8 +180,8 @@ class Augment:
 
 
 def inputs(batch, device):
-    """A batch of `Augment` to what the model takes: images (B, 3, H, W) normalised float32 on the
-    device, and the mask (B, N), which stays on the CPU."""
+    """A batch of `Augment` to what the model takes: images (B, C, H, W) normalised on the device,
+    and the mask (B, N), which stays on the CPU."""
     crop, mask = batch
     return common.normalise(crop.to(device, non_blocking=True)), mask
 
@@ -209,26 +191,22 @@ def inputs(batch, device):
 
 
 def pixel_target(images, ids, patch_size, norm_pix=True, kind="pixels"):
-    """(target, mean, std) of the patches `ids` (B, M) of normalised images (B, C, H, W).
-
-    target (B, M, P*P*C): vectors in the order (row, column, channel), if `norm_pix` normalised each
-    by its own mean and std, both (B, M, 1): unbiased, with 1e-6 in the root [mae].
-    """
+    """(target, mean, std) of the patches `ids` (B, K) of normalised images (B, C, H, W): vectors
+    (B, K, P*P*C) in the order (row, column, channel), if `norm_pix` normalised each by its own mean
+    and std, both (B, K, 1): unbiased, with 1e-6 in the root [mae]."""
     images = low_pass(images) if kind == "lowpass" else images
-    patches = common.gather(common.patchify(images, patch_size), ids)  # (B, M, P*P*C)
-    mean, std = torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])  # (B, M, 1)
-    if norm_pix:
-        mean = patches.mean(dim=-1, keepdim=True)  # (B, M, 1)
-        std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()  # (B, M, 1)
+    patches = common.gather(common.patchify(images, patch_size), ids)  # (B, K, P*P*C)
+    mean = patches.mean(dim=-1, keepdim=True)  # (B, K, 1)
+    std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()  # (B, K, 1)
+    if not norm_pix:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     return (patches - mean) / std, mean, std
 
 
 def low_pass(images):
-    """The low frequencies of normalised images (B, 3, H, W), PixMIM's target [fork]. Δ
-
-    A disc of the shifted spectrum is kept. Its centre lies half a pixel beside the zero frequency,
-    and the spectrum is not shifted back: the result is complex, its modulus is the image [fork].
-    """
+    """The low frequencies of normalised images (B, 3, H, W), PixMIM's target [fork]: a disc of the
+    shifted spectrum, centred half a pixel beside the zero frequency. The spectrum is not shifted
+    back, so that the result is complex; its modulus is the image [fork]. Δ"""
     H, W = images.shape[-2:]
     pixels = common.unnormalise(images)
     spectrum = torch.fft.fftshift(torch.fft.fft2(pixels), dim=(-2, -1))
@@ -243,7 +221,7 @@ def low_pass(images):
 
 
 def projections(dim, num_blocks, kind):
-    """One map per fused block: its own linear layer [code], but the last block stays as it is. Δ"""
+    """One map per fused block: its own linear layer [code]; the last block stays as it is. Δ"""
     maps = [nn.Linear(dim, dim) if kind == "linear" else nn.Identity()
             for _ in range(num_blocks - 1)]
     return nn.ModuleList([*maps, nn.Identity()])
@@ -251,11 +229,8 @@ def projections(dim, num_blocks, kind):
 
 class Fusion(nn.Module):
     """A weighted average of block outputs, class token included, for the decoder to read. Δ
-
     The weights, one number for a whole block, are the softmax of learnable logits that start equal
-    [code]: positive and of sum 1, so that fused features stay as large as those of one block. Not
-    learnable, they give the plain mean (`uniform` [fork]).
-    """
+    [code], so their sum is 1. Not learnable, they give the plain mean (`uniform` [fork])."""
 
     def __init__(self, dim, num_blocks, projection, learnable):
         super().__init__()
@@ -264,7 +239,6 @@ class Fusion(nn.Module):
 
     @property
     def weights(self):
-        """The share of each fused block, (L,)."""
         return self.logits.softmax(dim=0)  # (L,)
 
     def forward(self, outputs):
@@ -275,9 +249,7 @@ class Fusion(nn.Module):
 
 class AttentionFusion(nn.Module):
     """The last block's tokens look at all tokens of all fused blocks [fork]. Δ
-
-    Each block adds its own learnable vector; there is no key bias and no residual path.
-    """
+    Each block adds its own learnable vector; there is no key bias and no residual path."""
 
     def __init__(self, dim, num_blocks, projection, num_heads):
         super().__init__()
@@ -303,26 +275,23 @@ class AttentionFusion(nn.Module):
 
 class MFMMAE(nn.Module):
     """Encoder, fusion, decoder. `fuse`: blocks counted from 0, ending with the last; () is MAE.
-
     `.encoder` is a plain ViT: the fusion lies outside and never feeds back into its blocks.
-    Raises ValueError for blocks that are not there and for options of another name.
-    """
+    Raises ValueError for blocks that are not there and for options of another name."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_dim=512, decoder_depth=8, decoder_heads=16, fuse=(0, 2, 4, 6, 8, 11),
                  fusion="average", projection="linear", target="pixels", norm_pix=True,
                  mlp_ratio=4.0, decoder_mlp_ratio=4.0):
         super().__init__()
-        # No loss would reach the blocks behind the last fused one.
-        if fuse and not (list(fuse) == sorted(set(fuse)) and fuse[0] >= 0 and fuse[-1] == depth - 1):
-            raise ValueError(f"fused blocks {','.join(map(str, fuse))} must rise from at least 0 to "
-                             f"{depth - 1}, the last of {depth} blocks counted from 0")
+        last = depth - 1  # must be there: no loss would reach the blocks behind the last fused one
+        if fuse and not (sorted({*fuse}) == list(fuse) and fuse[0] >= 0 and fuse[-1] == last):
+            raise ValueError(f"fused blocks {fuse} must rise from at least 0 to {last}, the last")
         for value, allowed in ((fusion, ("average", "uniform", "attention")),
                                (projection, ("linear", "none")), (target, ("pixels", "lowpass"))):
             if value not in allowed:
                 raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
         self.target, self.norm_pix = target, norm_pix
-        self.out_indices = tuple(fuse) or (depth - 1,)
+        self.out_indices = tuple(fuse) or (last,)
         self.encoder = common.ViT(img_size, patch_size, embed_dim=embed_dim, depth=depth,
                                   num_heads=num_heads, mlp_ratio=mlp_ratio)  # [D3]
         if len(self.out_indices) == 1:  # the last block alone: MAE
@@ -341,23 +310,19 @@ class MFMMAE(nn.Module):
             for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, P * Q * 3)
-        # Linear layers start Xavier-uniform with zero bias, the fusion's maps too [code] [D6]. The
-        # ViT's patch projection and class token start as MAE's.
+        # Linear layers start Xavier-uniform with zero bias, the fusion's maps too [code] [D6].
         common.xavier_init(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     @property
     def fusion_weights(self):
         """The share of each fused block, (L,), summing to 1; None for attention, which has none."""
-        if self.fusion is None:
-            return torch.ones(1)
-        return getattr(self.fusion, "weights", None)
+        return torch.ones(1) if self.fusion is None else getattr(self.fusion, "weights", None)
 
     def encode(self, images, ids_keep):
         """What the decoder reads: visible tokens (B, 1+V, D), fused, then normed once [code]. Δ"""
-        outputs = self.encoder.layers(images, self.out_indices, ids_keep=ids_keep)  # L x (B, 1+V, D)
-        fused = outputs[-1] if self.fusion is None else self.fusion(outputs)
-        return self.encoder.norm(fused)
+        outputs = self.encoder.layers(images, self.out_indices, ids_keep=ids_keep)
+        return self.encoder.norm(outputs[-1] if self.fusion is None else self.fusion(outputs))
 
     def decode(self, latent, ids_keep, ids_masked):
         """Visible tokens (B, 1+V, D) to decoder tokens of all patches in raster order (B, N, E)."""
@@ -371,16 +336,14 @@ class MFMMAE(nn.Module):
         return x[:, 1:]  # (B, N, E)
 
     def predict(self, images, ids_keep, ids_masked, ids):
-        """The pixels of the patches `ids` (B, K), as in the target: (B, K, P*P*C). The last norm and
-        layer run on these alone: in training the hidden patches, MAE computes all."""
+        """The pred of the patches `ids` (B, K): (B, K, P*P*C). The last norm and layer run on these
+        alone, in training the hidden ones; MAE computes all."""
         tokens = self.decode(self.encode(images, ids_keep), ids_keep, ids_masked)  # (B, N, E)
         return self.decoder_pred(self.decoder_norm(common.gather(tokens, ids)))
 
     def forward(self, images, mask):
-        """Returns (loss, parts): parts are what the log shows beside it, the learnt fusion weights.
-
-        images (B, 3, H, W), normalised; mask (B, N) bool, True = hidden, the same count per row.
-        """
+        """Normalised images (B, C, H, W) and mask (B, N) bool, True = hidden, to (loss, parts):
+        parts are what the log shows beside the loss, the learnt fusion weights."""
         ids_keep, ids_masked = common.mask_to_ids(mask, images.device)  # (B, V), (B, M)
         if ids_masked.shape[1] == 0:
             raise ValueError("the mask hides no patch, so there is nothing to predict")
@@ -396,9 +359,9 @@ class MFMMAE(nn.Module):
 def build(config):
     """The model of a configuration, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    return MFMMAE(config.img_size, config.patch_size, **SIZES[config.model], fuse=config.out_indices,
-                  fusion=config.fusion, projection=config.projection, target=config.target,
-                  norm_pix=config.norm_pix == "on")
+    return MFMMAE(config.img_size, config.patch_size, **SIZES[config.model],
+                  fuse=config.out_indices, fusion=config.fusion, projection=config.projection,
+                  target=config.target, norm_pix=config.norm_pix == "on")
 
 
 def decays(name, parameter):
@@ -418,10 +381,8 @@ def example(config):
 
 
 def squared_error(pred, target):
-    """Mean squared error of each patch, both (B, M, P*P*C), as (B, M), in fp32 (float64 stays).
-
-    The loss is its mean over all hidden patches of the batch; visible patches do not count [mae].
-    """
+    """Mean squared error of each patch, both (B, M, P*P*C), as (B, M), in fp32 (float64 stays). The
+    loss is its mean over all hidden patches of the batch; visible patches do not count [mae]."""
     dtype = torch.promote_types(pred.dtype, torch.float32)
     return (pred.to(dtype) - target.to(dtype)).square().mean(dim=-1)
 
@@ -435,19 +396,17 @@ def preview(path, config, model, batch, device):
     """Draws a batch of `Augment` as rows: image | visible patches | prediction of every patch |
     prediction of the hidden ones among the visible patches."""
     model.eval()
-    images, mask = inputs(batch, device)
-    (P, Q), grid = model.encoder.patch_size, model.encoder.grid
-    ids_keep, ids_masked = common.mask_to_ids(mask, device)
+    (images, mask), vit = inputs(batch, device), model.encoder
+    grid, (P, Q) = vit.grid, vit.patch_size
     ids = torch.arange(mask.shape[1], device=device).expand(len(mask), -1)  # (B, N)
-    pred = model.predict(images, ids_keep, ids_masked, ids)  # (B, N, P*P*C)
+    pred = model.predict(images, *common.mask_to_ids(mask, device), ids)  # (B, N, P*P*C)
     # A normalised prediction gets the mean and std of its true patch back.
     _, mean, std = pixel_target(images, ids, (P, Q), model.norm_pix, model.target)
-    pred = common.unnormalise(common.unpatchify(pred * std + mean, (P, Q), grid))  # (B, 3, H, W)
+    pred = common.unnormalise(common.unpatchify(pred * std + mean, (P, Q), grid))  # (B, C, H, W)
     hidden = mask.to(device)[:, :, None].expand(-1, -1, P * Q * 3)  # (B, N, P*P*C)
     hidden, images = common.unpatchify(hidden, (P, Q), grid), common.unnormalise(images)
-    note = "Predictions of visible patches (3rd) count in no loss."
-    if model.norm_pix:
-        note = "3rd, 4th: each patch has its mean and std from the true image: that leaks."
+    note = "3rd, 4th: each patch has its mean and std from the true image: that leaks." \
+        if model.norm_pix else "Predictions of visible patches (3rd) count in no loss."
     panels = [images, images.where(~hidden, 0.5), pred, images.where(~hidden, pred)]
     common.save_panels(path, list(zip(*panels)),
                        ["image", "visible patches", "prediction", "prediction + visible"], note)
@@ -470,9 +429,8 @@ def train(config, run, dist):
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
                             dist.world)
-    if dist.is_main:
-        data = f"{len(images):,} images in {images.name}"
-        common.describe(config.facts, config, model, plan, dist, data, run.folder)
+    common.describe(config.facts, config, model, plan, dist,
+                    f"{len(images):,} images in {images.name}", run.folder)
     run.begin(dist, plan, samples, model, optimizer)
     parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True)
@@ -493,17 +451,16 @@ def train(config, run, dist):
             (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
 
-        # For the log: nothing is clipped [mae] [code].
-        grad_norm = nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None])
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)  # for the log: nothing is clipped [code]
         if run.is_finite(grad_norm):  # otherwise the step is skipped, and counted
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # time to save
             run.save(model, optimizer, step + 1, model.encoder)
-            picture = run.folder / "preview.png"
-            preview(picture, config, model, common.preview_batch(samples), device)
+            batch = common.preview_batch(samples)
+            preview(run.folder / "preview.png", config, model, batch, device)
             model.train()
 
 

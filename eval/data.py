@@ -63,6 +63,6 @@ def listed_classes(files, folder):
         return [listed[stem] for stem in stems]
     wrong = [index for index in listed.values() if int(index) >= len(classes)]
     if wrong:
-        raise ValueError(f"the list {path} holds the class index {wrong[0]}, and the {len(classes)} folders "
-                         f"of {folder.parent}/train are counted from 0: use a list that fits them")
+        raise ValueError(f"the list {path} holds the class index {wrong[0]}, and the {len(classes)} "
+                         f"folders of {folder.parent}/train are counted from 0: use a list that fits them")
     return [classes[int(listed[stem])] for stem in stems]

@@ -2,20 +2,20 @@
 
     python -m eval.detect --checkpoint runs/cae_v2_vit_b --data COCO
     torchrun --nproc_per_node=8 -m eval.detect --checkpoint mae_pretrain_vit_base.pth --data COCO
-    python -m eval.detect --checkpoint runs/detect/last.pt --eval_only --data COCO
+    python -m eval.detect --checkpoint runs/detect --eval_only --data COCO
     python -m demo.scenes runs/coco_scenes;  python -m eval.detect --demo --checkpoint runs/cae_v2_demo
 
-The same command again resumes. COCO is a folder with annotations/instances_{train,val}*.json and the images
-in train*/ and val*/. `--random_init` is the floor: random weights in the same encoder, trained alike. last.pt
-of a run is all that `--eval_only` needs. Needs pycocotools (extra `det`).
+The same command again resumes; the run's folder is runs/detect. COCO is a folder with the annotations/
+instances_{train,val}*.json and the images in train*/ and val*/. `--random_init` is the baseline: random
+weights in the same encoder, trained alike. Needs pycocotools (extra `det`).
 
     image (B, 3, S, S) -- ViT, in most blocks attention within windows -- (B, D, S/P, S/P)
       -- simple feature pyramid: strides P/4, P/2, P, 2P, 4P, each of C channels
       -- RPN: proposals -- box head: class and box -- mask head: 28 x 28 pixels -- five losses, summed
 
-Recipe: [F] is ViTDet-B as an author of the MFM line of papers ran it. CAE's numbers are of another framework
-(FPN on four taps, multi-scale training, 12 epochs; box head of 4 conv + 1 fc, mask head of 4 conv [code]): do
-not compare across the two. [F] does not say what is inside a ViTDet; where it is silent, we decided:
+Sources: [F] ViTDet-B as an author of the MFM line of papers ran it; [code] the heads of CAE's detector. CAE's
+numbers are of another framework (FPN on four blocks, several image sizes, 12 epochs): do not compare across
+the two. [F] does not say what is inside a ViTDet; where it is silent, we decided:
   [D1] Pyramid: the last map alone, made finer by transposed convolutions and coarser by pooling, then a 1 x 1
        and a 3 x 3 convolution with LayerNorm over channels. Heads are torchvision's, with the sizes of [code]
        and LayerNorm, and an RPN of 2 convolutions. Anchors are 8 strides wide.
@@ -28,8 +28,8 @@ not compare across the two. [F] does not say what is inside a ViTDet; where it i
   [D6] bf16 in encoder and pyramid alone: torchvision codes boxes in the type of the features, and bf16 cannot
        tell pixel 1001 from pixel 1003.
   [D7] Which anchors and proposals count is drawn from (seed, step, first row of the micro batch), so a stop
-       changes nothing (on a GPU up to the order of sums in RoIAlign's gradient). torchvision's mask loss is a
-       mean over the objects of a micro batch, so another --micro_batch is another, equally good, run.
+       changes nothing (on a GPU up to the order of sums in RoIAlign's gradient). torchvision's mask loss is
+       a mean over the objects of a micro batch: another --micro_batch is another, equally good, run.
 
 Dimension key: B batch, S side of the square input, P patch side, N patches, D width, C pyramid channels,
 h x w an image as it is (in the model: a map), n objects.
@@ -38,9 +38,9 @@ h x w an image as it is (in the model: a map), n objects.
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import json
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torchvision import tv_tensors
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
@@ -61,87 +62,71 @@ from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import common
 from common import flag
-from eval.protocol import append_result, check_classes, check_writable, layer_groups, open_checkpoint
+from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, check_classes, fit, layer_groups,
+                           open_checkpoint, open_run, random_encoder, set_drop_path, share_loader)
 
 BICUBIC, NEAREST = TF.InterpolationMode.BICUBIC, TF.InterpolationMode.NEAREST
-MEAN_COLOUR = tuple(round(255 * value) for value in common.IMAGENET_MEAN)  # of padding: 0 once normalised
 
 # For the small images that demo/scenes.py writes.
-DEMO = dict(data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32,
-            batch_size=8, epochs=5, lr=1e-3, warmup_epochs=0.5, drop_path=0.0, scale_min=0.8, scale_max=1.25,
-            workers=0)
+DEMO = dict(data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32, workers=0,
+            batch_size=8, epochs=5, lr=1e-3, warmup_epochs=0.5, drop_path=0.0, scale_min=0.8, scale_max=1.25)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.RunConfig):
-    """The whole command line; flags that change no number come from common.RunConfig."""
+class Config(EvalConfig, common.TrainConfig):
+    """The whole command line; flags that are not here come from these two classes."""
 
-    checkpoint: str = flag("", "the encoder: a file (ours, timm, MAE, CAE v2 ...), or the folder of a run")
-    num_heads: int = flag(0, "heads of the encoder (default: what the file says, else the usual)")
     data: str = flag("data/coco", "folder in COCO's layout")
-    random_init: bool = flag(False, "random weights in the same encoder: the floor")
-    eval_only: bool = flag(False, "measure the detector in --checkpoint, a last.pt of this script, whose "
-                                  "recipe is kept: only flags of data, folder and machine count")
+    random_init: bool = flag(False, "random weights in the same encoder: the baseline")
+    eval_only: bool = flag(False, "measure the detector in --checkpoint, a run of this script, whose recipe is "
+                                  "kept: only flags of data and machine count")
     demo: bool = flag(False, "a small recipe for the 64-pixel images of demo/scenes.py")
-    epochs: int = flag(100, "passes over the data [F]")
-    batch_size: int = flag(64, "images per step over all processes [F]")
-    lr: float = flag(1e-4, "peak learning rate [F]")
+    dry_run: bool = flag(False, "print the recipe and its cost")
+    epochs: int = flag(100, "passes over the data [F]", positive=True)
+    batch_size: int = flag(64, "images per step over all processes [F]", positive=True)
+    lr: float = flag(1e-4, "peak learning rate [F]", positive=True)
     warmup_epochs: float = flag(0.14, "epochs of linear warm-up from 0 [D4]")
     weight_decay: float = flag(0.1, "AdamW, not on vectors [F]")
-    layer_decay: float = flag(0.75, "lr of a block in units of the next one's [F]")
+    layer_decay: float = flag(0.75, "lr of a block in units of the next one's [F]", positive=True)
     drop_path: float = flag(0.1, "stochastic depth of the last block, rising linearly to it [F]")
-    clip_grad: float = flag(1.0, "largest global L2 norm of the gradient [D4]")
-    img_size: int = flag(1024, "side of the square input [F]")
-    scale_min: float = flag(0.1, "smallest scale of the jitter [D5]")
-    scale_max: float = flag(2.0, "largest scale of the jitter [D5]")
-    window: int = flag(16, "patches on the side of an attention window [D2]")
-    global_blocks: int = flag(4, "evenly spaced blocks whose attention sees all patches [D1]")
-    channels: int = flag(256, "channels of pyramid and heads [D1]")
+    clip_grad: float = flag(1.0, "largest global L2 norm of the gradient [D4]", positive=True)
+    img_size: int = flag(1024, "side of the square input [F]", positive=True)
+    scale_min: float = flag(0.1, "smallest scale of the jitter [D5]", positive=True)
+    scale_max: float = flag(2.0, "largest scale of the jitter [D5]", positive=True)
+    window: int = flag(16, "patches on the side of an attention window [D2]", positive=True)
+    global_blocks: int = flag(4, "evenly spaced blocks whose attention sees all patches [D1]", positive=True)
+    channels: int = flag(256, "channels of pyramid and heads [D1]", positive=True)
     rois: int = flag(512, "proposals per image that the box head learns from; of the RPN's, 4 times as many "
-                          "survive in training, twice in tests [D1]")
+                          "survive in training, twice in tests [D1]", positive=True)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.init or self.preview or self.model != "vit_b":
-            raise ValueError("--model, --init and --preview have no use here: --checkpoint names the "
-                             "encoder, and a picture is drawn with each checkpoint")
-        if not self.checkpoint:
-            raise ValueError("--checkpoint is missing: give the encoder's file, or the folder of a run")
-        common.check_range(self, 1, "epochs", "batch_size", "img_size", "window", "global_blocks", "channels",
-                           "rois")
-        common.check_range(self, None, "lr", "clip_grad", "layer_decay", "scale_min")
-        common.check_range(self, 0, "warmup_epochs", "weight_decay", "drop_path", "num_heads")
         if self.scale_min > self.scale_max or self.drop_path >= 1:
             raise ValueError("--scale_min is at most --scale_max, and --drop_path below 1")
 
 
 def coco_tools():
-    """(COCO, COCOeval, mask functions) of pycocotools; imported here, as nothing else needs them."""
+    """pycocotools' (COCO, COCOeval, mask functions), which nothing else needs. Raises ValueError without it."""
     try:
-        from pycocotools import mask
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-        version("pycocotools")  # for the result line: better missed now than after the training
+        from pycocotools import coco, cocoeval, mask
     except ImportError as error:
-        raise ValueError("detection needs pycocotools: pip install pycocotools (this project's extra `det`)"
-                         ) from error
-    return COCO, COCOeval, mask
+        raise ValueError("detection needs pycocotools: pip install pycocotools (our extra `det`)") from error
+    return coco.COCO, cocoeval.COCOeval, mask
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data
+# ---- data ------------------------------------------------------------------------------------------------
 
 
 def coco_files(root, split):
-    """(annotation file, image folder) of "train" or "val" in a folder of COCO's layout."""
+    """(annotation file, image folder) of "train" or "val". Raises FileNotFoundError for another layout."""
     found = sorted(Path(root).expanduser().glob(f"annotations/instances_{split}*.json"))
     if len(found) != 1:
-        raise FileNotFoundError(f"one file annotations/instances_{split}*.json is expected in {root} and "
-                                f"{len(found)} are there: give a folder of COCO's layout with --data FOLDER")
+        raise FileNotFoundError(f"{root} has {len(found)} files annotations/instances_{split}*.json, not one: "
+                                "give a folder of COCO's layout with --data FOLDER")
     folder = found[0].parents[1] / found[0].stem.removeprefix("instances_")
     if not folder.is_dir():
         raise FileNotFoundError(f"the images of {found[0]} are expected in {folder}/, which is not there")
@@ -155,22 +140,17 @@ def read_annotations(path):
     """
     try:
         content = json.loads(path.read_bytes())
-        images = {one["id"]: (one["file_name"], one["height"], one["width"]) for one in content["images"]}
+        images = {(one["id"], one["file_name"], one["height"], one["width"])[0] for one in content["images"]}
         categories = {one["id"]: one["name"] for one in content["categories"]}
         for number, one in enumerate(content["annotations"], start=1):
-            place, box = f"annotation {one.get('id', number)}", one["bbox"]
-            if one["image_id"] not in images:
-                raise ValueError(f"{place} belongs to image {one['image_id']}, which the file does not list")
-            if one["category_id"] not in categories:
-                raise ValueError(f"{place} is of category {one['category_id']}, the {len(categories)} that "
-                                 f"the file lists run from {min(categories)} to {max(categories)}")
-            if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0 or not one["segmentation"]:
-                raise ValueError(f"{place} needs a bbox (x, y, width, height) and a segmentation, not {box} "
-                                 f"and {str(one['segmentation'])[:20]}")
+            box = one["bbox"]
+            if (one["image_id"] not in images or one["category_id"] not in categories or len(box) != 4
+                    or not np.isfinite(box).all() or min(box[2:]) < 0 or not one["segmentation"]):
+                raise ValueError(f"annotation {one.get('id', number)} needs an image and a category of this file, "
+                                 f"a bbox (x, y, width, height) and a segmentation: {str(one)[:200]}")
             one.update(id=number, iscrowd=one.get("iscrowd", 0), area=one.get("area", box[2] * box[3]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} cannot be used as COCO annotations: {what}") from error
+        raise ValueError(f"{path} cannot be used as COCO annotations: {type(error).__name__} {error}") from error
     return content
 
 
@@ -210,7 +190,7 @@ class CocoImages(torch.utils.data.Dataset):
         self.records = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
         self.ends = torch.tensor([0] + [len(record) for record in records]).cumsum(0)
         self.truth = content if split == "val" else None
-        self[0]
+        self[0]  # raises now for images that are not there
 
     def __len__(self):
         return len(self.ends) - 1
@@ -233,27 +213,23 @@ class CocoImages(torch.utils.data.Dataset):
             masks=torch.from_numpy(np.array(masks, dtype=np.uint8).reshape(-1, height, width)))
 
 
-class Jitter:
-    """Large-scale jitter to a square (3, S, S), and flip [D5]; for `common.Samples`."""
-
-    def __init__(self, config):
-        self.size = (config.img_size, config.img_size)
-        self.transform = v2.Compose([
-            v2.ScaleJitter(self.size, (config.scale_min, config.scale_max), BICUBIC),
-            v2.RandomCrop(self.size, pad_if_needed=True, fill={tv_tensors.Image: MEAN_COLOUR, "others": 0}),
-            v2.RandomHorizontalFlip()])
-
-    def __call__(self, image, target):
-        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:],
-                                         clamping_mode=None)  # what lies outside tells who was cut
-        wrapped = self.transform(tv_tensors.Image(image), boxes, tv_tensors.Mask(target["masks"]))
-        image, boxes, masks = (tensor.as_subclass(torch.Tensor) for tensor in wrapped)
-        inside = boxes.clamp(0, self.size[0])  # (n, 4)
-        keep = (masks > 0).flatten(1).any(dim=1) & (inside[:, 2:] - inside[:, :2] >= 1).all(dim=1)  # (n,)
-        inside, boxes, masks, labels = inside[keep], boxes[keep], masks[keep], target["labels"][keep]
-        tight = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # its last pixel is inclusive
-        boxes = torch.where((inside != boxes).any(dim=1, keepdim=True), tight, inside)  # (n, 4)
-        return image, dict(size=self.size, boxes=boxes, labels=labels, masks=masks)
+def jitter(config, image, target):
+    """Large-scale jitter to a square (3, S, S), and flip [D5]."""
+    size = (config.img_size, config.img_size)
+    transform = v2.Compose([
+        v2.ScaleJitter(size, (config.scale_min, config.scale_max), BICUBIC),
+        v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: MEAN_COLOUR, "others": 0}),
+        v2.RandomHorizontalFlip()])
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:],
+                                     clamping_mode=None)  # what lies outside shows who was cut
+    moved = transform(tv_tensors.Image(image), boxes, tv_tensors.Mask(target["masks"]))
+    image, boxes, masks = (tensor.as_subclass(torch.Tensor) for tensor in moved)
+    inside = boxes.clamp(0, size[0])  # (n, 4)
+    keep = (masks > 0).flatten(1).any(dim=1) & (inside[:, 2:] - inside[:, :2] >= 1).all(dim=1)  # (n,)
+    inside, boxes, masks, labels = inside[keep], boxes[keep], masks[keep], target["labels"][keep]
+    tight = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # its last pixel is inclusive
+    boxes = torch.where((inside != boxes).any(dim=1, keepdim=True), tight, inside)
+    return image, dict(size=size, boxes=boxes, labels=labels, masks=masks)
 
 
 class Whole(torch.utils.data.Dataset):
@@ -287,8 +263,7 @@ def to_device(batch, device):
     return common.normalise(images.to(device, non_blocking=True)), moved
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
+# ---- model -----------------------------------------------------------------------------------------------
 
 
 def windowed(block, x, grid, window):
@@ -301,13 +276,6 @@ def windowed(block, x, grid, window):
     seen = rearrange(block.attn(tiles), "(b h w) (p q) d -> b (h p w q) d", h=h, w=w, p=window)  # (B, N, D)
     x = x + block.drop_path(block.ls1(seen))
     return x + block.drop_path(block.ls2(block.mlp(block.norm2(x))))
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w)."""
-
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class Pyramid(nn.Module):
@@ -344,9 +312,7 @@ class ViTDet(nn.Module):
             raise ValueError(f"the pyramid needs square patches of 4, 8, 12 ... pixels and --img_size a "
                              f"multiple of 4 patches, not {vit.img_size[0]} and patches of {P} x {Q}")
         if side > window and side % window:
-            fits = [str(size) for size in range(2, side + 1) if side % size == 0]
-            raise ValueError(f"windows of {window} x {window} patches do not tile a grid of {side} x {side}: "
-                             f"give --window {' or '.join(fits)}")
+            raise ValueError(f"--window {window} does not tile a grid of {side} x {side} patches")
         last = {round((number + 1) * depth / global_blocks) - 1 for number in range(global_blocks)}
         self.windows = [side if index in last else min(window, side) for index in range(depth)]
         self.vit, self.pyramid, self.out_channels = vit, Pyramid(vit.config["embed_dim"], channels), channels
@@ -395,8 +361,8 @@ class Detector(MaskRCNN):
         return self.backbone.vit
 
     def forward(self, images, targets):
-        """Normalised images (B, 3, S, S) and their targets to losses by name (in training), or else a list of
-        boxes (n, 4), labels, scores (n,), masks (n, 1, h, w) in 0..1, in pixels of the original images."""
+        """Normalised images (B, 3, S, S) and their targets to losses by name (in training), otherwise a list
+        of boxes (n, 4), labels, scores (n,), masks (n, 1, h, w) in 0..1, in pixels of the original images."""
         features, sizes = self.backbone(images), [target["size"] for target in targets]
         known = targets if self.training else None
         with torch.autocast(images.device.type, enabled=False):  # [D6]
@@ -408,33 +374,17 @@ class Detector(MaskRCNN):
         return self.transform.postprocess(detections, sizes, [target["original"] for target in targets])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Optimisation
-
-
-def learning_rate(step, peak, warmup_steps, total_steps):
-    """Linear from 0 to `peak`, a tenth of it after 8/9 and a hundredth after 26/27 of the run: steps 163,889
-    and 177,546 of 184,375 [F]."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    return peak * 0.1 ** ((step >= round(total_steps * 8 / 9)) + (step >= round(total_steps * 26 / 27)))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- test ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def detect(model, images, indices, config, device):
-    """Yields (target, what was detected, on the CPU) for the images `indices` of a `CocoImages`."""
+def detect(model, images, indices, config, dist):
+    """Yields (target, what was detected, on the CPU) for this process's share of the images `indices`."""
     model.eval()
-    batch_size = config.micro_batch or 8
-    loader = torch.utils.data.DataLoader(Whole(images, indices, config.img_size), batch_size,
-                                         num_workers=min(config.workers, len(indices) // batch_size),
-                                         collate_fn=collate, worker_init_fn=common.own_group)
-    for batch in loader:
-        inputs, targets = to_device(batch, device)
-        with common.autocast(device, config.precision):
+    whole = Whole(images, indices, config.img_size)
+    for batch in share_loader(whole, config.micro_batch or 8, config, dist, collate):
+        inputs, targets = to_device(batch, dist.device)
+        with common.autocast(dist.device, config.precision):
             detections = model(inputs, targets)
         for target, found in zip(targets, detections):
             yield target, {name: value.cpu() for name, value in found.items()}
@@ -470,33 +420,32 @@ def coco_ap(truth, results):
     return dict(zip(names, values))
 
 
-def evaluate(model, images, config, processes):
+def evaluate(model, images, config, dist):
     """`coco_ap` of a whole set in the main process, None in the others; each detects in its share."""
-    share = range(processes.rank, len(images), processes.world)
-    results = [result for target, found in detect(model, images, share, config, processes.device)
+    results = [result for target, found in detect(model, images, range(len(images)), config, dist)
                for result in coco_results(target, found, images.category_ids)]
-    if processes.world > 1:
-        gathered = [None] * processes.world
+    if dist.world > 1:
+        gathered = [None] * dist.world
         torch.distributed.all_gather_object(gathered, results)
         results = sum(gathered, [])
-    return coco_ap(images.truth, results) if processes.main else None
+    return coco_ap(images.truth, results) if dist.is_main else None
 
 
 def draw(path, model, images, config, device, count=6):
     """Draws a few images from all over the set: the truth above, detections of score 0.25 and more below."""
     chosen = range(0, len(images), max(1, len(images) // count))[:count]
+    config, alone = dataclasses.replace(config, workers=0), common.Dist(0, 1, device)
     above, below = [], []
-    for index, (_, found) in zip(chosen, detect(model, images, chosen, config, device)):
+    for index, (_, found) in zip(chosen, detect(model, images, chosen, config, alone)):
         image, truth = images[index]
         sure = {name: value[found["scores"] >= 0.25] for name, value in found.items()}
         above.append(panel(image, truth, truth["masks"] > 0, images.classes))
         below.append(panel(image, sure, sure["masks"][:, 0] > 0.5, images.classes))
-    sheet = TF.to_pil_image(make_grid(torch.stack(above + below), nrow=len(chosen), pad_value=255))
-    common.write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    common.save_panels(path, [above, below], [""] * len(chosen), "above: truth, below: detections", side=256)
 
 
 def panel(image, objects, masks, classes, side=256):
-    """An image (3, h, w) with its objects drawn on it, as (3, side, side)."""
+    """An image (3, h, w) uint8 with its objects drawn on it, as (3, side, side) in 0..1."""
     scale = side / max(image.shape[1:])
     size = [max(1, round(length * scale)) for length in image.shape[1:]]
     canvas, labels = TF.resize(image, size, NEAREST if scale > 1 else BICUBIC), objects["labels"].tolist()
@@ -509,101 +458,83 @@ def panel(image, objects, masks, classes, side=256):
         canvas = draw_segmentation_masks(canvas, TF.resize(masks, size, NEAREST), alpha=0.4, colors=colours)
         canvas = draw_bounding_boxes(canvas, objects["boxes"] * scale, words, colours, width=2,
                                      label_colors="white", fill_labels=True)
-    return TF.pad(canvas, [0, 0, side - size[1], side - size[0]], 255)
+    return TF.pad(canvas, [0, 0, side - size[1], side - size[0]], 255) / 255
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Train
+def report(config, model, val, dist, path, started, step, **facts):
+    """Evaluates, appends the result and `facts` to eval.jsonl beside the checkpoint `path`, prints it."""
+    ap = evaluate(model, val, config, dist)
+    if dist.is_main:
+        append_result("detect", path, model.encoder, config, started, protocol="Mask R-CNN, ViTDet",
+                      data=config.data, val=val.name, val_images=len(val), classes=len(val.classes), step=step,
+                      random_init=config.random_init, **ap, **facts, seed=config.seed,
+                      device=str(dist.device), pycocotools=version("pycocotools"))
+        print(f"detection: box AP {ap['box_ap']:.1f}, AP50 {ap['box_ap50']:.1f}, AP75 {ap['box_ap75']:.1f}; "
+              f"mask AP {ap['mask_ap']:.1f}, AP50 {ap['mask_ap50']:.1f}, AP75 {ap['mask_ap75']:.1f}")
 
 
-def train(config, run, processes, started):
-    """Fine-tuning from start to end: lr, forward, backward, step, log, save; then the evaluation."""
-    device = processes.device
-    with contextlib.nullcontext() if processes.main else contextlib.redirect_stdout(io.StringIO()):
-        checkpoint, vit = open_checkpoint(config, drop_path_rate=config.drop_path)
+# ---- train -----------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, peak, warmup_steps, total_steps):
+    """Linear from 0 to `peak`, a tenth of it after 8/9 and a hundredth after 26/27 of the run: steps 163,889
+    and 177,546 of 184,375 [F]."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * 0.1 ** ((step >= round(total_steps * 8 / 9)) + (step >= round(total_steps * 26 / 27)))
+
+
+def train(config, run, dist, started):
+    """Fine-tuning from start to end, then the evaluation."""
+    checkpoint, vit = open_checkpoint(config)
     images, val = CocoImages(config.data, "train"), CocoImages(config.data, "val")
     check_classes(images, val)
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
-                            processes.world)
+    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, dist.world)
     torch.manual_seed(config.seed)
-    if config.random_init:
-        vit = common.ViT(**vit.config, drop_path_rate=config.drop_path)
+    vit = random_encoder(vit, config.seed) if config.random_init else vit
+    set_drop_path(vit.blocks, config.drop_path)
     model = Detector(vit, len(images.classes), config)
-    if processes.main:
-        describe(config, model, plan, processes, images, val, run.folder)
+    describe(config, model, plan, dist, images, val, run.folder)
     if config.dry_run:
         return
-    model.to(device)
-    if common.uses_compile(device, config.compile):
-        model.backbone.compile()
-    groups = layer_groups(model, vit, config.weight_decay, config.layer_decay)
-    optimizer = torch.optim.AdamW(groups, config.lr)
-    start = run.begin(processes, plan, model, optimizer, len(images))
-    parallel = model if processes.world == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True)
-    warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
-    save_every = config.save_every or plan.steps_per_epoch
-    samples = common.Samples(images, Jitter(config), config.seed)
-    batches = iter(common.training_loader(samples, plan, processes, config, start, run.stop, collate))
+    model.to(dist.device)
+    common.compile_blocks(config, dist.device, [model.backbone])
+    optimizer = torch.optim.AdamW(layer_groups(model, vit, config.weight_decay, config.layer_decay), config.lr)
+    samples = common.Samples(images, functools.partial(jitter, config), config.seed)
+    run.begin(dist, plan, samples, model, optimizer, collate)
 
-    model.train()
-    for step in range(start, run.stop):
-        lr = learning_rate(step, config.lr, warmup_steps, plan.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+    def compute_loss(model, batch):
+        inputs, targets = to_device(batch, dist.device)
+        with common.autocast(dist.device, config.precision):
+            parts = model(inputs, targets)  # draws anchors and proposals [D7]
+        return sum(parts.values()), parts
 
-        for micro in range(plan.accumulation):
-            inputs, targets = to_device(run.next_batch(batches), device)
-            # torchvision picks anchors and proposals by the global generator; drop path draws too [D7].
-            row = plan.first_row(micro, processes)
-            torch.manual_seed(common.seed_for(config.seed, "step", step, row))
-            more_to_come = processes.world > 1 and micro < plan.accumulation - 1
-            with parallel.no_sync() if more_to_come else contextlib.nullcontext():
-                with common.autocast(device, config.precision):
-                    parts = parallel(inputs, targets)
-                loss = sum(parts.values())
-                (loss / plan.accumulation).backward()
-            run.record(loss=loss, **parts)
+    def rate(step):
+        return learning_rate(step, config.lr, round(config.warmup_epochs * plan.steps_per_epoch), plan.total_steps)
 
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        run.update(optimizer, grad_norm)
-
-        run.log(step + 1, lr, grad_norm)
-        stopping = run.stopping()
-        if (step + 1) % save_every == 0 or step + 1 == run.stop or stopping:
+    for step, lr, grad_norm in fit(config, run, dist, plan, model, optimizer, compute_loss, rate, config.clip_grad):
+        if run.log(step, lr, grad_norm) and dist.is_main:
             # The last two are what --eval_only needs to build the detector again.
-            run.save(model, optimizer, step + 1, encoder=vit.config, classes=list(images.classes))
-            if processes.main:
-                draw(run.folder / "preview.png", model, val, config, device)
-            model.train()
-        if stopping:
-            run.close()
-            sys.exit(1)  # in a process that agreed to stop and has not been asked itself
-    run.close()
-    report(config, model, val, processes, checkpoint, started, run.stop, train=images.name,
-           train_images=len(images))
+            run.save(model, optimizer, step, vit, encoder=vit.config, classes=list(images.classes))
+            draw(run.folder / "preview.png", model, val, config, dist.device)
+    report(config, model, val, dist, checkpoint, started, run.stop, train=images.name, train_images=len(images))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Main
-
-
-def describe(config, model, plan, processes, images, val, folder):
+def describe(config, model, plan, dist, images, val, folder):
     """Prints the resolved recipe and its cost, before anything is computed."""
-    total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
     windows, side = model.backbone.windows, model.encoder.grid[0]
-    print(f"model    {total:,} parameters, {encoder:,} of them in the encoder"
-          f"{' (random weights)' if config.random_init else ''}\n"
-          f"blocks   {side} x {side} patches, attention in windows of {min(windows)} x {min(windows)} but "
-          f"for blocks {', '.join(str(index) for index, window in enumerate(windows) if window == side)}\n"
-          f"data     {len(images):,} images with objects of {len(images.classes)} classes ({images.name}), "
-          f"{len(val):,} to test on\n"
-          f"lr       {config.lr:.2e} at the peak, times {config.layer_decay:g} per block below the heads\n"
-          f"{common.describe(config, plan, processes, folder)}")
+    everywhere = ", ".join(str(index) for index, window in enumerate(windows) if window == side)
     flops = count_flops(model, config)
     step = 3 * flops * plan.batch_size  # a backward pass costs two forward passes
-    print(f"cost     {flops / 1e9:,.1f} GFLOP per image forward, about {step / 1e9:,.0f} per step and "
-          f"{step * plan.total_steps / 1e15:,.3g} PFLOP in all", flush=True)
+    facts = dict(
+        model=f"Mask R-CNN{' on random weights' * config.random_init}",
+        blocks=f"{side} x {side} patches, attention in windows of {min(windows)} x {min(windows)} but for "
+               f"blocks {everywhere}",
+        lr=f"{config.lr:g} after {config.warmup_epochs:g} epochs, x {config.layer_decay:g} per block down",
+        cost=f"{flops / 1e9:,.1f} GFLOP per image forward, about {step / 1e9:,.0f} per step and "
+             f"{step * plan.total_steps / 1e15:,.3g} PFLOP in all")
+    sets = f"{len(images):,} images with objects of {len(images.classes)} classes, {len(val):,} to test on"
+    common.describe(facts, config, model, plan, dist, sets, folder)
 
 
 def count_flops(model, config):
@@ -621,53 +552,34 @@ def count_flops(model, config):
     return common.count_flops(forward)
 
 
-def report(config, model, val, processes, checkpoint, started, step, **facts):
-    """Evaluates, appends the result and `facts` to eval.jsonl beside `checkpoint`, prints it."""
-    ap = evaluate(model, val, config, processes)
-    if processes.main:
-        append_result("detect", checkpoint, model.encoder, config, started, protocol="Mask R-CNN, ViTDet",
-                      data=config.data, val=val.name, val_images=len(val), classes=len(val.classes),
-                      step=step, random_init=config.random_init, **ap, **facts, seed=config.seed,
-                      device=str(processes.device), pycocotools=version("pycocotools"))
-        print(f"detection: box AP {ap['box_ap']:.1f}, AP50 {ap['box_ap50']:.1f}, AP75 {ap['box_ap75']:.1f}; "
-              f"mask AP {ap['mask_ap']:.1f}, AP50 {ap['mask_ap50']:.1f}, AP75 {ap['mask_ap75']:.1f}")
-
-
-def evaluate_only(config, processes, started):
-    """--eval_only: the detector in a last.pt, under the recipe in it, on the val images of --data."""
-    path = Path(config.checkpoint).expanduser()
-    path = path / "last.pt" if path.is_dir() else path
-    state = common.read_checkpoint(path)
-    check_writable(path)
-    if state.get("kind") != "detection":
-        raise ValueError(f"{path} holds no detector: --eval_only takes the last.pt of a run of this script")
-    free = {"checkpoint", "data", "eval_only", *common.MAY_CHANGE, "precision", "compile"}
-    config = dataclasses.replace(config, **{name: value for name, value in state["config"].items()
-                                            if name not in free})
+def evaluate_only(config, dist, started):
+    """--eval_only: the detector of a run, under the recipe in its last.pt, on the val images of --data."""
+    state, path = open_run(config.checkpoint, "detection")
+    own = common.MAY_CHANGE | {"checkpoint", "data", "eval_only", "precision", "compile"}
+    kept = {field.name for field in dataclasses.fields(Config)} & state["config"].keys() - own
+    config = dataclasses.replace(config, **{name: state["config"][name] for name in kept})
     val = CocoImages(config.data, "val")
-    if list(val.classes) != state["classes"]:
-        raise ValueError(f"the {len(val.classes)} classes of {val.name} are not the {len(state['classes'])} "
-                         f"that {path} was trained for")
+    check_classes(val, common.Images([], classes=state["classes"], name=str(path)))
     model = Detector(common.ViT(**state["encoder"]), len(val.classes), config)
     model.load_state_dict(state["model"])
-    model.to(processes.device)
-    if processes.main:
-        print(f"model    {path}, step {state['step']}\ndata     {len(val):,} images ({val.name})", flush=True)
-        draw(path.with_name("detections.png"), model, val, config, processes.device)
-    report(config, model, val, processes, path, started, state["step"])
+    model.to(dist.device)
+    if dist.is_main:
+        draw(path.with_name("detections.png"), model, val, config, dist.device)
+    report(config, model, val, dist, path, started, state["step"])
 
 
 def main(argv=None):
     config, started = common.parse_config(Config, __doc__, demo=DEMO, argv=argv), time.perf_counter()
-    coco_tools()
-    run = None if config.eval_only else common.Run("detect", config, config.out or "runs/detect", "detection")
-    if run and run.finished:
-        return print(f"the run in {run.folder}/ is finished, step {run.start}: --eval_only --checkpoint "
-                     f"{run.checkpoint} measures it again, --fresh starts anew")
-    with common.processes(config.device) as processes:
+    coco_tools()  # raises now, not after the training
+    with common.distributed(config.device) as dist:
         if config.eval_only:
-            return evaluate_only(config, processes, started)
-        train(config, run, processes, started)
+            return evaluate_only(config, dist, started)
+        run = common.Run("detect", config, config.out or "runs/detect", "detection")
+        if not run.finished:
+            return train(config, run, dist, started)
+        if dist.is_main:
+            print(f"the run in {run.folder}/ is finished, step {run.start}: --eval_only --checkpoint "
+                  f"{run.checkpoint} measures it again, --fresh starts anew")
 
 
 if __name__ == "__main__":

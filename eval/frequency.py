@@ -3,13 +3,13 @@
     python -m eval.frequency --checkpoint runs/mfm_mae_demo --data scenes
     python -m eval.plot runs/mae_demo runs/mfm_mae_demo --out both.png      several encoders in one picture
 
-The claim examined is that of MFM (2308.00261): pixel targets make the last blocks carry high frequencies, and
-the fusion of shallow blocks relieves them. Which transform the paper used is not established; this is that
-of Park and Kim ("How do vision transformers work?", 2022) as their code has it. For whole test images, tokens
-after each block, class token and final norm left out, as maps of D channels:
+The claim examined is that of MFM (2308.00261): pixel targets make the last blocks carry high frequencies,
+and the fusion of shallow blocks relieves them. Which transform the paper used is not known; this is that of
+Park and Kim ("How do vision transformers work?", 2022) as their code has it. The tokens of a whole test
+image after each block, without class token and final norm, are D maps of g x g patches:
 
     A(u) = mean over images and channels of log(|FFT2| + 1e-6), along the diagonal (u, u) of the spectrum
-    relative log amplitude at u = A(u) - A(0), for u = 0 .. ceil(g/2) - 1 of a grid of g x g patches
+    relative log amplitude at u = A(u) - A(0), for u = 0 .. ceil(g/2) - 1
 
 Lower (more negative) at high u means smoother feature maps. The single number of a block is the last entry,
 at a frequency a little below the highest that the grid can hold (6/7 pi for g = 14). Row 0 of the result is
@@ -18,7 +18,7 @@ the patch embedding with positions, row k the output of the k-th block.
 Result: frequency.json beside the checkpoint (rows of curves, for the encoder and for random weights),
 frequency.png where matplotlib is installed, and a JSON line in eval.jsonl.
 
-Dimension key: B batch, N patches, D width, g side of the grid, f frequencies.
+Dimension key: B batch, N patches, D width, L blocks, g side of the grid, f = ceil(g/2) frequencies.
 """
 
 import dataclasses
@@ -27,54 +27,48 @@ import time
 
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
+if not __package__:  # started by its file name, Python does not find common.py
+    raise SystemExit("error: start it as `python -m eval.frequency`")
 import common
 from common import flag
 from eval import plot
-from eval.protocol import CentreViews, EvalConfig, append_result, open_checkpoint, random_encoder
+from eval.data import find_labelled
+from eval.protocol import EvalConfig, append_result, centre_batches, open_checkpoint, random_encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig):
     """The whole command line."""
 
-    images: int = flag(1000, "how many test images, evenly picked from all")
-
-    def __post_init__(self):
-        super().__post_init__()
-        common.check_range(self, 1, "images")
+    images: int = flag(1000, "how many test images, evenly picked from all", positive=True)
 
 
 def relative_log_amplitude(features, grid):
-    """Patch tokens (B, N, D) of a square grid to their curve (f,), f = ceil(g/2): its first entry is 0.
+    """Patch tokens (B, N, D) of a square grid to their curve (f,), whose first entry is 0.
 
-    Averages over images and channels, so the curve of a data set is the mean over its images.
+    It averages over images and channels, so the curve of a data set is the mean over its images.
     Raises ValueError for a grid that is not square: a diagonal has no meaning there.
     """
     h, w = common.pair(grid)
     if h != w or features.shape[1] != h * w:
         raise ValueError(f"the curve is that of the diagonal of a square grid, not of {features.shape[1]} "
                          f"patches on {h} x {w}")
-    maps = rearrange(features, "b (h w) d -> b d h w", h=h)
+    maps = rearrange(features, "b (h w) d -> b d h w", h=h)  # (B, D, g, g)
     amplitude = (torch.fft.fft2(maps).abs() + 1e-6).log().mean(dim=(0, 1))  # (g, g)
-    diagonal = amplitude.diagonal()[: (h + 1) // 2]  # (f,), from frequency 0 up
+    diagonal = amplitude.diagonal()[: (h + 1) // 2]  # (f,)
     return diagonal - diagonal[0]
 
 
 @torch.no_grad()
-def curves(vit, images, config, device):
-    """The curve after the patch embedding and after each block, (1 + depth, f)."""
-    vit.eval().to(device)
-    loader = torch.utils.data.DataLoader(CentreViews(images, vit.img_size), config.batch_size,
-                                         num_workers=config.workers)
-    total, N = 0, vit.grid[0] * vit.grid[1]
-    for batch, _ in tqdm(loader, images.name, leave=False, disable=None):
-        batch = common.normalise(batch.to(device))
-        tokens = [vit.embed(batch), *vit.layers(batch, range(len(vit.blocks)))]  # (1 + depth) x (B, [1+]N, D)
-        rows = [relative_log_amplitude(x[:, -N:].float(), vit.grid) for x in tokens]
-        total = total + len(batch) * torch.stack(rows).cpu()
-    return total / len(images)
+def curves(vit, images, config, dist):
+    """The curve after the patch embedding and after each block, (1+L, f)."""
+    total, N, blocks = 0, vit.grid[0] * vit.grid[1], range(len(vit.blocks))
+    for batch, _ in centre_batches(vit, images, config.batch_size, config, dist):
+        tokens = [vit.embed(batch), *vit.layers(batch, blocks)]  # (1+L) x (B, [1+]N, D)
+        rows = [relative_log_amplitude(x[:, -N:].float(), vit.grid) for x in tokens]  # (1+L) x (f,)
+        total = total + len(batch) * torch.stack(rows)  # (1+L, f)
+    return dist.all_reduce(total) / len(images)
 
 
 def pick_images(images, count):
@@ -89,24 +83,22 @@ def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
     checkpoint, vit = open_checkpoint(config)
     if vit.grid[0] != vit.grid[1]:
-        raise ValueError(f"the encoder in {checkpoint} has {vit.grid[0]} x {vit.grid[1]} patches, a square "
-                         "grid is needed")
-    images = pick_images(common.find_data(config.data, "val", vit.img_size[0]), config.images)
-    with common.processes(config.device) as processes:
-        if processes.world > 1:
-            raise ValueError("frequency runs in one process: start it with python, not torchrun")
-        rows = {name: curves(encoder, images, config, processes.device).tolist() for name, encoder in
-                dict(random_init=random_encoder(vit, config.seed), encoder=vit).items()}
-    result = dict(rows, grid=list(vit.grid), images=len(images), data=config.data)
-    path = checkpoint.parent / "frequency.json"
-    common.write_atomically(path, lambda file: file.write_text(json.dumps(result, indent=1)))
-    last = {name: curve[-1][-1] for name, curve in rows.items()}
-    append_result("frequency", checkpoint, vit, config, started, data=config.data, val=images.name,
-                  val_images=len(images), last_block=last["encoder"], random_init=last["random_init"],
-                  device=str(processes.device))
-    print(f"highest against zero frequency after the last block: random init {last['random_init']:.2f}, "
-          f"pre-trained {last['encoder']:.2f}")
-    plot.draw([checkpoint.parent], path.with_suffix(".png"), kinds=("frequency",))
+        raise ValueError(f"{checkpoint} has {vit.grid[0]} x {vit.grid[1]} patches, a square grid is needed")
+    images = pick_images(find_labelled(config.data, "val", vit.img_size[0]), config.images)
+    encoders = dict(random_init=random_encoder(vit, config.seed), encoder=vit)
+    with common.distributed(config.device) as dist:
+        rows = {name: curves(encoder, images, config, dist).tolist() for name, encoder in encoders.items()}
+        if not dist.is_main:
+            return
+        path, last = checkpoint.parent / "frequency.json", {name: row[-1][-1] for name, row in rows.items()}
+        result = json.dumps(dict(rows, grid=list(vit.grid), images=len(images), data=config.data), indent=1)
+        common.write_atomically(path, lambda file: file.write_text(result))
+        append_result("frequency", checkpoint, vit, config, started, data=config.data, val=images.name,
+                      val_images=len(images), last_block=last["encoder"], random_init=last["random_init"],
+                      device=str(dist.device))
+        print("highest against zero frequency after the last block: random init "
+              f"{last['random_init']:.2f}, pre-trained {last['encoder']:.2f}")
+        plot.draw([checkpoint.parent], path.with_suffix(".png"), kinds=("frequency",))
 
 
 if __name__ == "__main__":

@@ -1,97 +1,88 @@
-"""Draws what runs have logged, several runs in one picture: losses, fusion weights, frequency curves.
+"""Draws what runs have logged, several runs in one picture: losses, accuracies, weights, frequencies.
 
     python -m eval.plot runs/mae_demo runs/mfm_mae_demo --out both.png
 
-Each argument is the folder of a run. One panel shows the losses (log.jsonl) of all of them, one per run the
-weights of its fused blocks if there are such in the log (MFM), one the frequency content of each block
-(frequency.json, see eval/frequency.py). Needs matplotlib, the extra `plot`.
+Each argument is the folder of a run of any of our scripts. There is a panel with the losses of all runs, one
+with their accuracies, one per run with the weights of its fused blocks (MFM), from log.jsonl, and one with
+what eval/frequency.py wrote. Empty panels are left out. Needs matplotlib, the extra `plot`.
 """
 
+import argparse
 import json
 from pathlib import Path
 
+if not __package__:  # started by its file name, Python does not find common.py
+    raise SystemExit("error: start it as `python -m eval.plot`")
 import common
 
-KINDS = ("loss", "weights", "frequency")
+# The panels with their axes, and the panel of a value in the log by the first word of its name.
+PANELS = dict(loss=("step", "loss"), accuracy=("step", "per cent"), weights=("step", "weight"),
+              frequency=("blocks passed", "relative log amplitude"))
+LOGGED = dict(loss="loss", accuracy="accuracy", top5="accuracy", weight="weights")
 
 
 def read_run(folder):
-    """{"loss": [(step, loss) ...], "weights": {name: [(step, weight) ...]},
-    "frequency": {name: [last entry of each curve ...]}}, as far as the folder has them.
-
-    Raises FileNotFoundError for a folder without log.jsonl and frequency.json, ValueError for a broken one.
-    """
+    """{panel: {name: [(x, y) ...]}} of a run's folder; for "frequency", y is the last entry of a curve.
+    Raises FileNotFoundError for a folder in which nothing was logged, ValueError for a broken log."""
     folder, found = Path(folder).expanduser(), {}
     log, frequency = folder / "log.jsonl", folder / "frequency.json"
-    if not log.exists() and not frequency.exists():
-        raise FileNotFoundError(f"{folder} holds neither log.jsonl nor frequency.json: give folders of runs")
     try:
-        if log.exists():
-            lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-            found["loss"] = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
-            names = [name for name in lines[-1] if name.startswith("weight_")] if lines else []
-            found["weights"] = {name: [(line["step"], line[name]) for line in lines] for name in names}
+        lines = log.read_text().splitlines() if log.exists() else []
+        for line in [json.loads(line) for line in lines if line.endswith("}")]:  # the last may be cut off
+            for name, value in line.items():
+                panel = LOGGED.get(name.split("_")[0])  # a sweep of probes logs loss_0.05, loss_0.1 ...
+                if panel and value is not None:
+                    found.setdefault(panel, {}).setdefault(name, []).append((line["step"], value))
         if frequency.exists():
-            curves = json.loads(frequency.read_text())
-            found["frequency"] = {name: [row[-1] for row in curves[name]]
+            rows = json.loads(frequency.read_text())
+            found["frequency"] = {name: list(enumerate(curve[-1] for curve in rows[name]))
                                   for name in ("encoder", "random_init")}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the log in {folder} cannot be read ({type(error).__name__}: {error})") from error
-    return {kind: content for kind, content in found.items() if content}
+    if not found:
+        raise FileNotFoundError(f"{folder} has nothing in log.jsonl, no frequency.json: give a run's folder")
+    return found
 
 
-def draw_loss(axes, runs):
-    for name, run in runs.items():
-        axes.plot(*zip(*run["loss"]), label=name)
-    axes.set(xlabel="step", ylabel="loss", title="loss")
+def draw_panel(axes, panel, title, curves):
+    """Curves {label: [(x, y) ...]} of one panel. Dotted: the start of the weights, 1 over their number; for
+    frequencies the random encoder, in the colour of the trained one."""
+    for number, (label, points) in enumerate(curves.items()):
+        style = dict(accuracy=".-", frequency="x:" if number % 2 else "o-").get(panel, "-")
+        colour = number // 2 if panel == "frequency" else number
+        axes.plot(*zip(*points), style, label=label, color=f"C{colour}")
+    if panel == "weights":
+        axes.axhline(1 / len(curves), color="grey", linewidth=0.6, linestyle=":")
+    axes.set(title=title, xlabel=PANELS[panel][0], ylabel=PANELS[panel][1])
     axes.legend(fontsize=8)
 
 
-def draw_weights(axes, name, run):
-    """The fused blocks' shares, from the shallowest to the last; dotted: 1 over their number, the start."""
-    for label, points in run["weights"].items():
-        axes.plot(*zip(*points), label=label)
-    axes.axhline(1 / len(run["weights"]), color="grey", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="step", ylabel="weight", title=f"fusion weights, {name}")
-    axes.legend(fontsize=8)
-
-
-def draw_frequency(axes, runs):
-    """Highest against zero frequency after each block; 0 on the x axis is the patch embedding."""
-    for number, (name, run) in enumerate(runs.items()):
-        for kind, style in (("encoder", "o-"), ("random_init", "x:")):
-            ends = run["frequency"][kind]
-            axes.plot(range(len(ends)), ends, style, color=f"C{number}",
-                      label=name if kind == "encoder" else f"{name}, random init")
-    axes.set(xlabel="blocks passed", ylabel="relative log amplitude", title="highest frequency")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
-
-
-def draw(folders, path, kinds=KINDS):
-    """Draws the panels `kinds` that these folders have something for; without matplotlib, says so."""
+def draw(folders, path, panels=PANELS):
+    """Draws those of `panels` that the runs have values for, or says that matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture: matplotlib is missing, pip install matplotlib brings it")
-    runs = {str(folder): read_run(folder) for folder in folders}
-    having = {kind: {name: run for name, run in runs.items() if kind in run} for kind in kinds}
-    panels = [lambda axes: draw_loss(axes, having["loss"])] if having.get("loss") else []
-    for name, run in having.get("weights", {}).items():
-        panels.append(lambda axes, name=name, run=run: draw_weights(axes, name, run))
-    if having.get("frequency"):
-        panels.append(lambda axes: draw_frequency(axes, having["frequency"]))
-    if not panels:
-        raise ValueError(f"nothing has been logged yet in {', '.join(runs)}")
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        panel(axes)
+    drawn, runs = {}, {str(folder): read_run(folder) for folder in folders}
+    for panel in panels:
+        for folder, run in runs.items():
+            title = f"fusion weights, {folder}" if panel == "weights" else panel
+            for name, points in run.get(panel, {}).items():
+                label = folder if name == panel else f"{folder}, {name}"
+                drawn.setdefault((panel, title), {})[label] = points
+    figure = Figure(figsize=(4.5 * len(drawn), 3.6), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+        draw_panel(axes, *panel, drawn[panel])
     common.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
     print(f"drew {path}")
 
 
 def main(argv=None):
-    parser = common.Parser(description=__doc__, allow_abbrev=False)
+    def refuse(message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--out", default="plot.png", help="the picture, a PNG (default: plot.png)")
     given = parser.parse_args(argv)

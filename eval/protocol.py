@@ -187,7 +187,7 @@ def check_classes(train, val):
 
 def set_drop_path(blocks, rate):
     """Stochastic depth of a ViT's blocks, rising linearly from 0 to `rate` in the last one."""
-    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks), device="cpu").tolist()):
         block.drop_path.p = p
 
 
@@ -211,7 +211,7 @@ def fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate, 
     """Fine-tuning, after `run.begin`: after each step it yields (steps done, learning rate, gradient norm),
     and the caller logs and saves. `compute_loss(model, batch)` gives (loss, {name: scalar for the log}) of
     a micro batch; it moves the batch to the device and has autocast around the forward pass. The rate of a
-    group is its `lr_scale` (see `layer_groups`) times `learning_rate(step)`. `clip_grad`: largest L2 norm."""
+    group is its `lr_scale` (see `layer_groups`) times `learning_rate(step)`; `clip_grad`: largest norm."""
     parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True)
     for step in run.steps():

@@ -8,24 +8,22 @@
     sketch   WNID/*.JPEG, 1000 classes          top-1 among all classes
     c        CORRUPTION/SEVERITY/WNID/*.JPEG    mean error and mCE, two different numbers
 
-The checkpoint is a run of eval.finetune, which keeps the class names: an image's class is found by the name
-of its folder (the WNID), never by the place of the folder among the others, which in A and R is another one.
+The checkpoint is a run of eval.finetune, which keeps the class names: the class of an image is the name of
+its folder (the WNID), never the place of the folder among the others, which is not the same in A and R.
 
-The error of a corruption is the mean of its errors at severities 1 to 5. The mean error is the mean of these
-over the corruptions. For the mCE each is divided first by AlexNet's error, so it exists for the 15
-corruptions of ImageNet-C together, and for a classifier of ImageNet's 1000 classes, only.
+The error of a corruption is the mean over its severities 1 to 5, the mean error is the mean over the
+corruptions. For the mCE the error of each corruption is first divided by AlexNet's. So the mCE exists only
+for all 15 corruptions of ImageNet-C together, and for a classifier of ImageNet's 1000 classes.
 
 Sources: [I] the constants that ImageNet-C's authors published, [F] the test code of MFM's author.
-  [D1] The view is that of all tests, short side to 256, then the centre of 224 pixels, for C too [F], whose
-       images have 224 pixels already: they are enlarged and lose their border. `--view whole` shows images
-       that have the encoder's size as they are.
-  [D2] In A and R the arg max runs over the classes that the folder holds: 200 of the 1000 in the published
-       sets. The count is printed and stored, since fewer classes are an easier task.
+  [D1] The view is that of all tests, short side to 256, then the centre of 224 pixels, also for C [F]: its
+       images have 224 pixels already and lose their border. `--view whole` leaves such images as they are.
+  [D2] In A and R the arg max runs over the classes in the folder: 200 of the 1000 in the published sets.
+       The count is printed and stored, since fewer classes are an easier task.
 
-Dimension key: B batch, K classes, H x W size of the view.
+Dimension key: B batch.
 """
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -37,7 +35,7 @@ import torch
 import common
 from common import flag
 from eval.finetune import load_classifier, predictions
-from eval.protocol import CentreViews, EvalConfig, append_result, check_writable
+from eval.protocol import CentreViews, append_result, only_main_prints
 
 # AlexNet's error on each corruption of ImageNet-C, the mean over its five severities [I].
 ALEXNET = dict(
@@ -50,74 +48,65 @@ NAMES = dict(a="ImageNet-A", r="ImageNet-R", sketch="ImageNet-Sketch", c="ImageN
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(EvalConfig):
+class Config(common.MachineConfig):
     """The whole command line."""
 
+    checkpoint: str = flag("", "the folder or the last.pt of a run of eval.finetune")
+    kind: typing.Literal[("", *NAMES)] = flag("", "which set is in --data")
     data: str = flag("", "the folder of the set, as it is published")
-    kind: typing.Literal[("", *NAMES)] = flag("", "which set that is")
     view: typing.Literal["crop", "whole"] = flag("crop", "whole: no crop where the size fits [D1]")
+    batch_size: int = flag(256, "images computed at once; changes no number but in rounding", positive=True)
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.kind:
-            raise ValueError(f"--kind is missing: give {', '.join(NAMES)}, the set that lies in --data")
-        if not self.data:
-            raise ValueError(f"--data is missing: give the folder of {NAMES[self.kind]}")
-        if self.img_size or self.num_heads:
-            raise ValueError("--img_size and --num_heads belong to the classifier: fine-tune it with others")
+        for name, what in (("checkpoint", "a run of eval.finetune"), ("kind", ", ".join(NAMES)),
+                           ("data", f"the folder of {NAMES.get(self.kind)}")):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing: give {what}")
 
 
 def by_name(folder, classes):
-    """The images in CLASS/ folders, labelled with the place of CLASS in `classes`, the classifier's own list.
-
-    Raises FileNotFoundError or ValueError for a folder without images or with a class of another name.
-    """
+    """The images in CLASS/ folders, labelled with the place of CLASS in the classifier's list of `classes`.
+    Raises FileNotFoundError or ValueError for a folder without images or with a class of another name."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder}, which should hold one folder per class")
-    files = common.list_images(folder)
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no image ({', '.join(common.EXTENSIONS)})")
-    place = {name: index for index, name in enumerate(classes)}
+    files, label = common.list_images(folder), {name: index for index, name in enumerate(classes)}
     names = [os.path.relpath(file, folder).split(os.sep)[0] for file in files]
-    unknown = sorted(set(names) - place.keys())
+    unknown = sorted(set(names) - label.keys())
     if unknown:
-        more = " ..." if len(unknown) > 3 else ""
-        raise ValueError(f"{folder} has {', '.join(unknown[:3])}{more}, which none of the classifier's "
-                         f"{len(classes)} classes ({', '.join(classes[:3])} ...) is called: "
-                         "the classifier was trained on other data, or the folder has another layout")
-    return common.Images(files, [place[name] for name in names], classes, str(folder))
+        raise ValueError(f"{folder} has {unknown[0]}, which none of the classifier's {len(classes)} "
+                         f"classes ({', '.join(classes[:3])} ...) is called: the classifier was trained on "
+                         "other data, or the folder has another layout")
+    return common.Images(files, [label[name] for name in names], classes, str(folder))
 
 
-def errors(model, images, config, processes, only=None):
-    """(wrong, all) images, over all processes; the arg max runs over the classes `only` (indices)."""
-    counts = torch.zeros(2, dtype=torch.long, device=processes.device)
+def errors(model, images, allowed, config, dist):
+    """(wrong, all) images, over all processes; the arg max runs over the classes `allowed` (indices)."""
+    counts = torch.zeros(2, dtype=torch.long, device=dist.device)
+    allowed = torch.tensor(allowed, device=dist.device)
     views = CentreViews(images, model.encoder.img_size, whole=config.view == "whole")  # [D1]
-    for logits, labels in predictions(model, views, config.batch_size, config.workers, processes):
-        if only is not None:
-            kept = torch.tensor(only, device=logits.device)
-            answers = kept[logits[:, kept].argmax(dim=1)]  # (B,)
-        else:
-            answers = logits.argmax(dim=1)  # (B,)
-        counts += torch.stack([(answers != labels).sum(), torch.ones_like(labels).sum()])
-    return processes.sum(counts).tolist()
+    for logits, labels in predictions(model, views, config.batch_size, config, dist):
+        pred = allowed[logits[:, allowed].argmax(dim=1)]  # (B,)
+        counts += torch.stack([(pred != labels).sum(), torch.ones_like(labels).sum()])
+    return dist.all_reduce(counts).tolist()
 
 
-def corruption_errors(model, classes, config, processes):
-    """{corruption: per cent wrong, the mean over severities 1 to 5} for the corruptions in the folder, and
-    the number of images. Raises where there is none, or a severity is missing."""
-    root, found, images = Path(config.data).expanduser(), {}, 0
+def corruption_errors(model, classes, config, dist):
+    """{corruption: per cent wrong, the mean over severities 1 to 5} of the corruptions in the folder, and
+    the number of images. Raises FileNotFoundError where there is none, or a severity is missing."""
+    root, found, count = Path(config.data).expanduser(), {}, 0
     names = [name for name in ALEXNET if (root / name).is_dir()]
     if not names:
-        raise FileNotFoundError(f"{root} has no folder {next(iter(ALEXNET))} or of another corruption: give "
-                                "the folder that holds CORRUPTION/SEVERITY/WNID/*.JPEG")
-    # All folders are looked at before the first image is computed.
+        raise FileNotFoundError(f"{root} has no folder {next(iter(ALEXNET))} or of another corruption: "
+                                "give the folder that holds CORRUPTION/SEVERITY/WNID/*.JPEG")
+    # All folders are read before the first image is computed.
     sets = {name: [by_name(root / name / severity, classes) for severity in SEVERITIES] for name in names}
     for name, severities in sets.items():
-        wrong = [errors(model, each, config, processes) for each in severities]
+        wrong = [errors(model, images, range(len(classes)), config, dist) for images in severities]
         found[name] = sum(100 * part / whole for part, whole in wrong) / len(wrong)
-        images += sum(whole for _, whole in wrong)
+        count += sum(whole for _, whole in wrong)
         print(f"{name:18} error {found[name]:5.1f} %", flush=True)
-    return found, images
+    return found, count
 
 
 def mean_corruption_error(found):
@@ -125,43 +114,36 @@ def mean_corruption_error(found):
     return sum(found[name] / ALEXNET[name] for name in ALEXNET) / len(ALEXNET)
 
 
-def measure(model, classes, config, processes):
+def measure(model, classes, config, dist):
     """The facts of the result line, after they were printed."""
     if config.kind != "c":
         images = by_name(Path(config.data).expanduser(), classes)
         present = sorted(set(images.labels.tolist()))
-        only = present if config.kind in ("a", "r") else None
-        wrong, count = errors(model, images, config, processes, only)
-        accuracy = 100 * (count - wrong) / count
-        print(f"{NAMES[config.kind]}: top-1 {accuracy:.1f} % of {count:,} images of {len(present)} classes, "
-              f"arg max over {len(present) if only else len(classes)}")
-        return dict(accuracy=accuracy, images=count, classes_present=len(present),
-                    argmax_over=len(only or classes))
-    found, count = corruption_errors(model, classes, config, processes)
+        allowed = present if config.kind in ("a", "r") else range(len(classes))  # [D2]
+        wrong, count = errors(model, images, allowed, config, dist)
+        facts = dict(accuracy=100 * (count - wrong) / count, images=count, classes_present=len(present),
+                     argmax_over=len(allowed))
+        print(f"{NAMES[config.kind]}: top-1 {facts['accuracy']:.1f} % of {count:,} images of "
+              f"{len(present)} classes, arg max over {facts['argmax_over']}")
+        return facts
+    found, count = corruption_errors(model, classes, config, dist)
     mean, missing = sum(found.values()) / len(found), [name for name in ALEXNET if name not in found]
-    mce = mean_corruption_error(found) if not missing and len(classes) == 1000 else None
-    print(f"ImageNet-C: mean error (plain, {len(found)} corruptions) {mean:.1f} %, of {count:,} images")
-    if mce is not None:
-        print(f"ImageNet-C: mCE (divided by AlexNet's errors) {mce:.1f} %")
-    else:
-        why = (f"missing: {', '.join(missing)}" if missing
-               else f"AlexNet's errors are those of 1000 classes, not {len(classes)}")
-        print(f"ImageNet-C: no mCE, {why}")
+    mce = None if missing or len(classes) != 1000 else mean_corruption_error(found)
+    why = f"missing: {', '.join(missing)}" if missing else f"it is for 1000 classes, not {len(classes)}"
+    note = f"no mCE, {why}" if mce is None else f"mCE (divided by AlexNet's errors) {mce:.1f} %"
+    print(f"ImageNet-C: mean error (plain, {len(found)} corruptions) {mean:.1f} % of {count:,}; {note}")
     return dict(mean_error=mean, mce=mce, errors=found, missing=missing, images=count)
 
 
 def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
-    with common.processes(config.device) as processes:
-        # Only the main process prints.
-        with contextlib.nullcontext() if processes.main else contextlib.redirect_stdout(None):
-            model, classes, state, path = load_classifier(config.checkpoint)
-            check_writable(path)
-            facts = measure(model.to(processes.device), classes, config, processes)
-            if processes.main:
-                append_result("robustness", path, model.encoder, config, started, dataset=NAMES[config.kind],
-                              **facts, classes=len(classes), trained_as=state["config"], step=state["step"],
-                              seed=config.seed, device=str(processes.device))
+    with common.distributed(config.device) as dist, only_main_prints(dist):
+        model, classes, state, path = load_classifier(config.checkpoint)
+        facts = measure(model.to(dist.device), classes, config, dist)
+        if dist.is_main:
+            append_result("robustness", path, model.encoder, config, started, dataset=NAMES[config.kind],
+                          **facts, classes=len(classes), trained_as=state["config"], step=state["step"],
+                          seed=config.seed, device=str(dist.device))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
 """Semantic segmentation: UPerNet on an encoder that trains along, or one linear layer on a frozen one.
 
     python -m eval.segment --checkpoint runs/x --data ade20k --num_classes 150 --reduce_zero_label
-    torchrun --nproc_per_node=8 -m eval.segment --checkpoint runs/x ...             the same on eight GPUs
-    python -m eval.segment --checkpoint mae.pth --data camvid --num_classes 11 --ignore_index 11 --head linear
+    python -m eval.segment --checkpoint m.pth --data camvid --num_classes 11 --ignore_index 11 --head linear
     python -m eval.segment --eval_only --checkpoint runs/x/segment_upernet --data ade20k
 
     crop (B, 3, H, W) - ViT - blocks 3, 5, 7, 11 - x4, x2, x1, x0.5 - UPerNet - logits (B, K, H, W)
 
 Data: images/{train,val}/X.jpg and annotations/{train,val}/X.png with a class id per pixel (`training` and
 `validation` will do), class names in classes.txt if there is one; or the built-in `scenes`.
-Training: the recipe of CAE v1 and v2 [code] and of MAE, on which MFM builds; for Beyond Masking none is known.
-The run's folder is segment_HEAD beside the checkpoint. The same command resumes, on a CPU bit for bit (a GPU
-adds up gradients of resized maps in no fixed order). UPerNet's norm is SyncBatchNorm on several GPUs and
-GroupNorm on one or on a CPU.
-Test: whole images with the short side of a crop, in windows of a crop's size, two thirds of it apart. Logits
-are averaged where windows overlap, and resized to the label map. From one confusion matrix of all images:
+Training: as CAE v1 and v2 [code] and MAE, on which MFM builds; for Beyond Masking no recipe is known. Its
+folder is segment_HEAD beside the checkpoint. The same command resumes, on a CPU bit for bit (a GPU adds up
+gradients of resized maps in no fixed order). UPerNet has GroupNorm, and on several GPUs SyncBatchNorm.
+Test: whole images with the short side of a crop, in windows of its size, two thirds of it apart; logits are
+averaged where windows overlap and resized to the label map. From one confusion matrix of all images:
   mIoU  right / (truth + predicted - right), mean over the classes that occur in the truth or the prediction
   aAcc  share of the labelled pixels that is right      mAcc  the same per class of the truth, their mean
 
@@ -31,8 +29,7 @@ Sources: [code] the authors' configurations. Where they are silent or we differ:
   [D6] Warm-up is a factor on the poly schedule. bf16 autocast instead of fp16. No decay on the class token.
   [D7] `--head linear`, a quick reading: normed tokens of the last block, AdamW, 10,000 steps, lr 1e-3.
 
-Dimension key: B batch, D encoder width, C UPerNet's width, K classes, N patches, H x W crop, h x w grid (in
-data and tests: an image as it is).
+Dimension key: B batch, D encoder width, C UPerNet's, K classes, N patches, H x W crop, h x w grid or image.
 """
 
 import dataclasses
@@ -42,7 +39,6 @@ import time
 import typing
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -57,7 +53,6 @@ from common import flag
 from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, fit, layer_groups, open_checkpoint,
                            open_run, random_encoder, set_drop_path, share_loader)
 
-NEAREST = TF.InterpolationMode.NEAREST_EXACT
 IGNORE = 255  # in label maps, once read: no class, no loss, no score
 RECIPES = {
     "base": dict(steps=160_000, lr=1e-4, layer_decay=0.65, drop_path=0.1),  # [code]
@@ -87,20 +82,16 @@ class Config(EvalConfig, common.TrainConfig):
     channels: int = flag(0, "UPerNet's width (default: the encoder's [code])")
     eval_only: bool = flag(False, "only test: --checkpoint is a segmentation run's folder or last.pt")
     save_every: int = flag(2000, "steps between checkpoints", positive=True)
-    log_every: int = flag(50, "steps between log lines", positive=True)
 
 
 def with_recipe(config, num_classes, depth):
-    """The configuration with this number of classes and, where a value was not given, the recipe of the head
-    and of the encoder's depth [D2]. Raises ValueError for values that do not go together."""
+    """Fills in the recipe of the head and the depth [D2]. Raises ValueError for values that do not fit."""
     name = "linear" if config.head == "linear" else "large" if depth >= 24 else "base"
     recipe = {key: value for key, value in RECIPES[name].items() if getattr(config, key) == -1}
     config = dataclasses.replace(config, num_classes=num_classes, **recipe)
-    if (config.num_classes > IGNORE or config.warmup_steps >= config.steps or config.layer_decay > 1
-            or config.drop_path >= 1):
-        raise ValueError(f"--num_classes {num_classes} must be at most {IGNORE}, --warmup_steps "
-                         f"{config.warmup_steps} below --steps {config.steps}, --drop_path below 1, "
-                         "--layer_decay at most 1")
+    if config.warmup_steps >= config.steps or config.layer_decay > 1 or config.drop_path >= 1:
+        raise ValueError(f"--warmup_steps {config.warmup_steps} must be below --steps {config.steps}, "
+                         "--drop_path below 1, and --layer_decay at most 1")
     return config
 
 
@@ -108,7 +99,7 @@ def with_recipe(config, num_classes, depth):
 
 
 class LabelMaps(torch.utils.data.Dataset):
-    """`dataset[index]` is (uint8 image (3, h, w), ids of its label map (h, w), name of the map's file).
+    """`dataset[index]` is (uint8 image (3, h, w), ids of its label map (h, w) int32, the map's name).
     `images` is a `common.Images`; `maps` another one, of which the paths are used, or a tensor (n, h, w).
     Raises ValueError for a file that cannot be read."""
 
@@ -121,21 +112,19 @@ class LabelMaps(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image = self.images[index][0]
         if isinstance(self.maps, torch.Tensor):
-            return image, self.maps[index], f"scene {index}"
+            return image, self.maps[index].int(), f"scene {index}"
         path = self.maps.path(index)
         try:
             with Image.open(path) as file:
-                return image, torch.from_numpy(np.array(file).astype(np.int32)), path
+                return image, TF.pil_to_tensor(file).squeeze(0).int(), path
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a label map: {error}") from error
 
 
 def to_labels(image, ids, name, config):
-    """The ids of a label map as labels (h, w) uint8: 0 .. K-1, or IGNORE. Raises ValueError with the file's
-    name for a map of another size than its image, and for an id that is no class."""
+    """Ids as labels (h, w) uint8: 0 .. K-1, or IGNORE. Raises ValueError for other shapes and other ids."""
     if ids.shape != image.shape[1:]:
         raise ValueError(f"{name} has the shape {tuple(ids.shape)}, its image {tuple(image.shape[1:])}")
-    ids = ids.int()
     ignored = ids == config.ignore_index
     if config.reduce_zero_label:
         ignored, ids = ignored | (ids == 0), ids - 1
@@ -147,8 +136,8 @@ def to_labels(image, ids, name, config):
 
 
 def find_maps(config, split):
-    """The `LabelMaps` of --data for split "train" or "val". The classes are the lines of classes.txt, if there
-    is one, or the ids. Raises FileNotFoundError or ValueError that names what is missing."""
+    """The `LabelMaps` of --data for split "train" or "val". Classes are the lines of classes.txt, or ids.
+    Raises FileNotFoundError or ValueError that names what is missing."""
     if config.data == "scenes":
         from demo.scenes import MAP_CLASSES, SEEDS, make_scenes
         scenes = make_scenes({"train": 1000, "val": 200}[split], config.img_size, SEEDS[split])
@@ -157,17 +146,17 @@ def find_maps(config, split):
     for kind in ("images", "annotations"):
         short, long = {"train": ("train", "training"), "val": ("val", "validation")}[split]
         folder = root / kind / (long if (root / kind / long).is_dir() else short)
-        found.append({Path(path).relative_to(folder).with_suffix(""): path
-                      for path in common.list_images(folder)})
+        files = common.list_images(folder)
+        found.append({Path(path).relative_to(folder).with_suffix(""): path for path in files})
     alone = found[0].keys() ^ found[1].keys()
     if alone:
-        raise ValueError(f"{(found[0] | found[1])[min(alone)]} has no partner: an image in images/ and its "
-                         "annotation in annotations/ have the same name")
+        raise ValueError(f"{(found[0] | found[1])[min(alone)]} has no partner in images/ or annotations/")
     file, count = root / "classes.txt", config.num_classes
     lines = file.read_text().split("\n") if file.exists() else map(str, range(count))
     classes = [line.strip() for line in lines if line.strip()]
-    if not classes or count not in (0, len(classes)):
-        raise ValueError(f"{file} names {len(classes)} classes, --num_classes is {count}")
+    if not classes or count not in (0, len(classes)) or len(classes) > IGNORE:
+        raise ValueError(f"--num_classes is {count}, {file} has {len(classes)} names: give one of them, "
+                         f"or the same number, from 1 to {IGNORE}")
     images, maps = (common.Images([files[key] for key in sorted(files)]) for files in found)
     return LabelMaps(images, maps, classes, f"{root} ({split})")
 
@@ -180,7 +169,7 @@ def scaled_size(size, short_side):
 
 
 def pad(image, side, fill):
-    """Fills up (C, h, w) to at least (C, side, side), below and to the right."""
+    """Fills up an image (..., h, w) to at least (..., side, side), below and to the right."""
     h, w = image.shape[1:]
     return TF.pad(image, [0, 0, max(side - w, 0), max(side - h, 0)], fill)
 
@@ -189,7 +178,7 @@ def augment(config, image, ids, name):
     """A training crop, made in a worker: uint8 image (3, H, W) and labels (H, W)."""
     side, labels = config.img_size, to_labels(image, ids, name, config)
     size = scaled_size(labels.shape, side * (0.5 + 1.5 * float(torch.rand(()))))  # [code]
-    labels = TF.resize(labels[None], size, NEAREST)
+    labels = TF.resize(labels[None], size, TF.InterpolationMode.NEAREST_EXACT)
     for attempt in range(10):  # [D5]
         top, left = (int(torch.randint(max(length - side, 0) + 1, ())) for length in size)
         crop = labels[:, top: top + side, left: left + side]
@@ -271,8 +260,7 @@ class UPerNet(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """An encoder with a head: images (B, 3, H, W) to logits (B, K, H, W) and a list of auxiliary ones. The
-    encoder gets drop path and nothing else [D1]."""
+    """An encoder with a head: images (B, 3, H, W) to logits (B, K, H, W) and a list of auxiliary ones."""
 
     def __init__(self, encoder, config, norm):
         super().__init__()
@@ -285,7 +273,7 @@ class Segmenter(nn.Module):
             self.out_indices = out_indices(len(encoder.blocks))
             self.head = UPerNet(dim, config.num_classes, config.channels or dim, norm)
             encoder.norm.requires_grad_(False)  # of no use here
-            set_drop_path(encoder.blocks, config.drop_path)
+            set_drop_path(encoder.blocks, config.drop_path)  # and nothing else is added [D1]
 
     def forward(self, images):
         h, w = self.encoder.grid
@@ -307,21 +295,23 @@ def pixel_loss(logits, labels):
 @torch.no_grad()
 def predict(model, image, config, device):
     """Logits (K, h, w) float32 of a uint8 image (3, h, w): the mean over all windows that see a pixel."""
-    size, side, batch = scaled_size(image.shape[1:], config.img_size), config.img_size, config.micro_batch or 16
-    view, stride = pad(TF.resize(image, size), side, MEAN_COLOUR), max(side * 2 // 3, 1)  # 341 of 512 [code]
+    size, side = scaled_size(image.shape[1:], config.img_size), config.img_size
+    stride, batch = max(side * 2 // 3, 1), config.micro_batch or 16  # 341 of 512 [code]
+    view = pad(TF.resize(image, size), side, MEAN_COLOUR)
     # Windows begin every `stride` pixels; the last one ends with the image.
     tops, lefts = ([*range(0, length - side, stride), length - side] for length in view.shape[1:])
     corners = [(top, left) for top in tops for left in lefts]
-    total = torch.zeros(1 + config.num_classes, *view.shape[1:], device=device)  # and a count
+    total = torch.zeros(config.num_classes, *view.shape[1:], device=device)
+    count = torch.zeros(view.shape[1:], device=device)
     for some in (corners[first: first + batch] for first in range(0, len(corners), batch)):
         windows = torch.stack([view[:, top: top + side, left: left + side] for top, left in some])
         with common.autocast(device, config.precision):
             logits = model(common.normalise(windows.to(device)))[0]  # (B, K, H, W)
         for (top, left), window in zip(some, logits):
-            total[:-1, top: top + side, left: left + side] += window
-            total[-1, top: top + side, left: left + side] += 1
-    mean = (total[:-1] / total[-1])[None, :, : size[0], : size[1]]
-    return upsample(mean, image.shape[1:])[0]  # (K, h, w)
+            total[:, top: top + side, left: left + side] += window
+            count[top: top + side, left: left + side] += 1
+    mean = (total / count)[:, : size[0], : size[1]]  # without the padding
+    return upsample(mean[None], image.shape[1:])[0]  # (K, h, w)
 
 
 def confusion_matrix(labels, predicted, num_classes):
@@ -332,8 +322,8 @@ def confusion_matrix(labels, predicted, num_classes):
 
 
 def scores(confusion):
-    """mIoU, aAcc, mAcc, the IoU of each class (None: it occurs nowhere) of a confusion matrix, and scores of
-    the commonest class, if predicted everywhere; in per cent. Raises ValueError for an empty matrix."""
+    """mIoU, aAcc, mAcc, IoU of each class (None: it occurs nowhere) from a confusion matrix, and what the
+    commonest class would score if predicted everywhere; per cent. Raises ValueError without any label."""
     if not confusion.any():
         raise ValueError("no pixel of the test's label maps has a label: look at --ignore_index")
     confusion = confusion.double()
@@ -353,25 +343,27 @@ def evaluate(model, data, config, dist):
     loader = share_loader(data, None, config, dist)
     for image, ids, name in tqdm(loader, "test", leave=False, disable=None if dist.is_main else True):
         labels = to_labels(image, ids, name, config).to(dist.device)
-        predicted = predict(model, image, config, dist.device).argmax(dim=0)  # (h, w)
+        predicted = predict(model, image, config, dist.device).argmax(dim=0)
         confusion += confusion_matrix(labels, predicted, config.num_classes)
     return dist.all_reduce(confusion).cpu()
 
 
 def draw_overlays(path, model, data, config, device, count=6, side=240):
     """Draws a few test images, their truth and the prediction, and the names of their classes in colour."""
-    rows, ids = [], torch.arange(config.num_classes)[:, None, None]
+    rows, classes = [], torch.arange(config.num_classes)[:, None, None]
     colours = [f"hsv({137.5 * k % 360}, {60 + 20 * (k % 3)}%, 100%)" for k in range(config.num_classes)]
     for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
-        image, legend = data[index][0], Image.new("RGB", (side, side))
-        maps = to_labels(*data[index], config), predict(model, image, config, device).argmax(dim=0).byte().cpu()
-        size = [max(1, side * length // max(image.shape)) for length in image.shape[1:]]
-        image, maps = TF.resize(image, size), TF.resize(torch.stack(maps), size, NEAREST)
+        image, ids, name = data[index]
+        predicted = predict(model, image, config, device).argmax(dim=0).byte().cpu()
+        maps = torch.stack([to_labels(image, ids, name, config), predicted])
+        size = [max(1, side * length // max(ids.shape)) for length in ids.shape]
+        image, maps = TF.resize(image, size), TF.resize(maps, size, TF.InterpolationMode.NEAREST_EXACT)
+        grey, legend = TF.rgb_to_grayscale(image, 3), Image.new("RGB", (side, side))
         for line, k in enumerate(maps[maps != IGNORE].unique().tolist()):
             ImageDraw.Draw(legend).text((8, 8 + 14 * line), data.classes[k], fill=colours[k])
-        painted = [draw_segmentation_masks(image, labels == ids, 0.6, colours) for labels in maps]
+        painted = [draw_segmentation_masks(grey, labels == classes, 0.6, colours) for labels in maps]
         rows.append([pad(x, side, 255) / 255 for x in (image, *painted, TF.pil_to_tensor(legend))])
-    common.save_panels(path, rows, ["image", "truth", "prediction", "classes"], "no colour: no label", side)
+    common.save_panels(path, rows, ["image", "truth", "prediction", "classes"], "grey: no label", side)
 
 
 def report(model, config, folder, path, dist, started, **facts):
@@ -385,8 +377,8 @@ def report(model, config, folder, path, dist, started, **facts):
                       data=config.data, val=data.name, val_images=len(data), random_init=config.random_init,
                       **result, **facts, seed=config.seed, device=str(dist.device))
         print(f"segmentation ({config.head}): mIoU {result['miou']:.1f}, aAcc {result['aacc']:.1f}, mAcc "
-              f"{result['macc']:.1f} %; the commonest class everywhere: mIoU {result['commonest_miou']:.1f}, aAcc "
-              f"{result['commonest_aacc']:.1f} %; pictures in {folder}/overlays.png")
+              f"{result['macc']:.1f} %; the commonest class everywhere: mIoU {result['commonest_miou']:.1f}"
+              f", aAcc {result['commonest_aacc']:.1f} %; pictures in {folder}/overlays.png")
 
 
 # ---- train -----------------------------------------------------------------------------------------------
@@ -407,13 +399,11 @@ def train(encoder, data, config, run, dist):
     several_gpus = dist.world > 1 and device.type == "cuda" and config.head == "upernet"
     norm = run.state["norm"] if run.state else "batch" if several_gpus else "group"
     model = Segmenter(encoder, config, norm).to(device)
-    if norm == "batch":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if dist.is_main:
-        head = "a linear layer" if model.linear else f"UPerNet on blocks {model.out_indices}, {norm} norm"
-        rate = f"{config.lr:g} after {config.warmup_steps:,} steps, x {config.layer_decay:g} per block down"
-        sets = f"{len(data):,} images in {data.name}, {len(val):,} to test, {len(data.classes)} classes"
-        common.describe(dict(model=head, lr=rate), config, model, plan, dist, sets, run.folder)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if norm == "batch" else model
+    head = "a linear layer" if model.linear else f"UPerNet on blocks {model.out_indices}, {norm} norm"
+    rate = f"{config.lr:g} after {config.warmup_steps:,} steps, x {config.layer_decay:g} per block down"
+    sets = f"{len(data):,} images in {data.name}, {len(val):,} to test, {len(data.classes)} classes"
+    common.describe(dict(model=head, lr=rate), config, model, plan, dist, sets, run.folder)
     common.compile_blocks(config, device, encoder.blocks)
     groups = layer_groups(model, encoder, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
@@ -454,8 +444,7 @@ def main(argv=None):
         path, encoder = open_checkpoint(config)
         data = find_maps(config, "train")
         config = with_recipe(config, len(data.classes), len(encoder.blocks))
-        if config.random_init:
-            encoder = random_encoder(encoder, config.seed)
+        encoder = random_encoder(encoder, config.seed) if config.random_init else encoder
         out = config.out or path.parent / f"segment_{config.head}{'_random' * config.random_init}"
         run = common.Run("segment", config, out, "segmentation")
         if not run.finished:

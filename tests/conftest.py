@@ -1,13 +1,14 @@
-"""For all tests: a mark for the long ones (`pytest -m slow`), one thread, and signals put back."""
+"""For all tests: one thread, signals put back, some images."""
 
 import signal
 
 import pytest
 import torch
 
+from helpers import write_images
+
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
     torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 
@@ -18,3 +19,9 @@ def signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of 24 images; tests that change it take a copy."""
+    return write_images(tmp_path_factory.mktemp("data") / "images")

@@ -1,31 +1,40 @@
-"""eval/protocol.py: the view against torchvision, frozen features, shares of processes, the result line."""
+"""eval/protocol.py: view against torchvision, frozen features, shares, training loop by hand, results."""
 
 import dataclasses
 import hashlib
 import json
+import math
+from itertools import product
 
 import pytest
 import torch
+import torch.distributed
+from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 import common
 from eval import protocol
 from eval.encoders import export
-from eval.protocol import (EvalConfig, append_result, centre_view, check_classes, check_pool, frozen_tokens,
-                           gather, open_checkpoint, pool_tokens, random_encoder)
-from helpers import write_images
+from eval.protocol import (EvalConfig, all_gather, append_result, centre_view, check_classes, check_pool,
+                           fit, frozen_tokens, open_checkpoint, open_run, pool_tokens, random_encoder,
+                           share_loader)
 
-TINY = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2)
-ONE = common.Processes(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ONE = common.Dist(0, 1, CPU)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(EvalConfig, common.TrainConfig):
+    """As of fine-tuning, which has all flags."""
 
 
 def config(**changes):
-    return EvalConfig(**{"checkpoint": "x", "workers": 0, **changes})
+    return Config(**{"checkpoint": "x", "workers": 0, **changes})
 
 
 def tiny(**changes):
     torch.manual_seed(3)
-    return common.ViT(**{**TINY, **changes})
+    return common.ViT(**{**dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2), **changes})
 
 
 def noise(count, size=32, classes=("a", "b")):
@@ -34,23 +43,13 @@ def noise(count, size=32, classes=("a", "b")):
     return common.Images(pixels, torch.arange(count) % len(classes), classes, "noise")
 
 
-# -- the view
-
-
 @pytest.mark.parametrize("size", [(300, 400), (400, 365), (365, 400), (256, 256), (30, 47), (80, 71)])
 def test_view_is_resize_256_crop_224(size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     papers = v2.Compose([v2.Resize(256, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
     assert torch.equal(centre_view(image, (224, 224)), papers(image))
-
-
-def test_view_keeps_what_has_the_size_and_fits_other_shapes():
-    image = torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8)
-    assert centre_view(image, (32, 48)) is image
-    assert centre_view(image, (16, 64)).shape == (3, 16, 64)
-
-
-# -- frozen features
+    assert centre_view(image, size) is image
+    assert centre_view(image, size, whole=False) is not image and centre_view(image, (16, 64)).shape == (3, 16, 64)
 
 
 def test_tokens_are_those_of_the_encoder_in_eval_mode_and_no_byte_of_it_changes():
@@ -66,39 +65,41 @@ def test_tokens_are_those_of_the_encoder_in_eval_mode_and_no_byte_of_it_changes(
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
     assert labels.tolist() == images.labels.tolist()
     assert all(torch.equal(before[key], value) for key, value in vit.state_dict().items())
-
-
-def test_bf16_is_computed_and_float32_is_given():
-    vit, images = tiny(), noise(4)
-    (exact, _), = frozen_tokens(vit, images, 4, config(precision="fp32"), ONE)
-    (rounded, _), = frozen_tokens(vit, images, 4, config(precision="bf16"), ONE)
-    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
-    torch.testing.assert_close(exact, rounded, rtol=0, atol=0.1)
+    rounded = next(frozen_tokens(vit, images, 4, config(precision="bf16"), ONE))[0]
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, tokens[:4])
+    torch.testing.assert_close(rounded, tokens[:4], rtol=0, atol=0.1)
+    vit.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="features that are not finite"):
+        next(frozen_tokens(vit, images, 4, config(), ONE))
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_the_images_and_gather_puts_them_in_order(world, monkeypatch):
+def test_processes_share_the_images_and_all_gather_puts_them_in_order(world, monkeypatch):
     vit, images = tiny(), noise(8)
-    (expected, _), = frozen_tokens(vit, images, 8, config(), ONE)
-    each = [common.Processes(rank, world, torch.device("cpu")) for rank in range(world)]
+    [(expected, _)] = frozen_tokens(vit, images, 8, config(), ONE)
+    each = [common.Dist(rank, world, CPU) for rank in range(world)]
     shares = [torch.cat([tokens for tokens, _ in frozen_tokens(vit, images, 2, config(), one)])
               for one in each]
-    assert sum(map(len, shares)) == 8
-    largest = max(map(len, shares))
-    padded = [torch.cat([share, torch.zeros(largest - len(share), *share.shape[1:])]) for share in shares]
+    padded = nn.utils.rnn.pad_sequence(shares, batch_first=True)
 
-    def all_gather(parts, mine):
-        assert mine.shape == parts[0].shape and any(torch.equal(mine, share) for share in padded)
+    def stand_in(parts, mine):
+        assert any(torch.equal(mine, share) for share in padded)
         for part, share in zip(parts, padded, strict=True):
             part.copy_(share)
 
-    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(torch.distributed, "all_gather", stand_in)
     for share, one in zip(shares, each):
-        torch.testing.assert_close(gather(share, 8, one), expected, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=f"2 images, fewer than the {world} processes") \
-            if world > 2 else pytest.raises(StopIteration):
-        last = frozen_tokens(vit, noise(2), 2, config(), each[-1])
-        next(last), next(last)
+        torch.testing.assert_close(all_gather(share, 8, one), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=f"1 images, fewer than the {world} processes"):
+        next(frozen_tokens(vit, noise(1), 2, config(), each[-1]))
+
+
+def test_a_share_is_every_world_th_sample_in_order():
+    for rank in range(3):
+        one, numbers = common.Dist(rank, 3, CPU), list(range(10))
+        assert list(share_loader(numbers, None, config(), one)) == numbers[rank::3]
+        batches = list(share_loader(numbers, 2, config(workers=1), one, collate=tuple))
+        assert sum(batches, ()) == tuple(numbers[rank::3]) and len(batches) == 2
 
 
 def test_pooling():
@@ -108,94 +109,92 @@ def test_pooling():
     torch.testing.assert_close(pool_tokens(tokens, "mean", 5), tokens.sum(1) / 5)  # without class token
     assert pool_tokens(tokens, "attention", 4) is tokens
     check_pool("cls", tiny(), "x")
-    check_pool("mean", tiny(class_token=False), "x")
     with pytest.raises(ValueError, match="no class token, use --pool mean"):
         check_pool("cls", tiny(class_token=False), "x")
 
 
-def test_features_that_are_not_finite_are_refused():
-    vit = tiny()
-    vit.norm.weight.data[0] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        next(frozen_tokens(vit, noise(2), 2, config(), ONE))
-
-
-# -- checkpoint, classes, result
-
-
-def test_another_image_size_resizes_the_position_table(tmp_path):
+def test_a_checkpoint_and_a_random_encoder_of_its_shape(tmp_path, capsys, monkeypatch):
     vit = tiny(img_size=64)
     export(vit, tmp_path / "encoder.safetensors")
     path, same = open_checkpoint(config(checkpoint=str(tmp_path)))
     assert path == tmp_path / "encoder.safetensors" and torch.equal(same.pos_embed, vit.pos_embed)
+    assert "loaded" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
     _, larger = open_checkpoint(config(checkpoint=str(tmp_path), img_size=96, num_heads=4))
     assert larger.img_size == (96, 96) and larger.config["num_heads"] == 4
-    table = vit.pos_embed[0, 1:].T.reshape(1, 24, 4, 4)
-    table = torch.nn.functional.interpolate(table, (6, 6), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(larger.pos_embed[0, 1:], table.flatten(2)[0].T)
-    (tokens, _), = frozen_tokens(larger, noise(2, size=50), 2, config(), ONE)
-    assert tokens.shape == (2, 37, 24)
+    assert capsys.readouterr().out == ""  # only the main process prints
+    first, again, other = (random_encoder(vit, seed).blocks[0].attn.qkv.weight for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (72, 24)
 
 
-def test_only_the_main_process_prints(tmp_path, capsys, monkeypatch):
-    export(tiny(), tmp_path / "encoder.safetensors")
-    monkeypatch.setenv("RANK", "1")
-    open_checkpoint(config(checkpoint=str(tmp_path)))
-    assert capsys.readouterr().out == ""
-
-
-def test_the_random_encoder_is_of_the_seed_and_shape():
-    vit = tiny(depth=1, class_token=False)
-    one, same, other = (random_encoder(vit, seed).state_dict() for seed in (5, 5, 6))
-    shapes = [{key: value.shape for key, value in state.items()} for state in (one, vit.state_dict())]
-    assert shapes[0] == shapes[1]
-    key = "blocks.0.attn.qkv.weight"
-    assert torch.equal(one[key], same[key]) and not torch.equal(one[key], other[key])
-
-
-def test_class_lists_must_be_equal():
+def test_what_is_refused(tmp_path, monkeypatch):
     check_classes(noise(2), noise(4))
     with pytest.raises(ValueError, match="2 classes of noise and the 3 of noise .* one of them only: c$"):
         check_classes(noise(2), noise(3, classes=("a", "b", "c")))
+    with pytest.raises(ValueError, match="--checkpoint is missing"):
+        config(checkpoint="")
+    for name, value in (("seed", -1), ("batch_size", 0), ("img_size", -1)):
+        with pytest.raises(ValueError, match=f"--{name}"):
+            config(**{name: value})
+    torch.save(dict(kind="finetuning"), tmp_path / "last.pt")
+    for path in (tmp_path, tmp_path / "last.pt"):
+        assert open_run(path, "finetuning") == (dict(kind="finetuning"), tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt is not from a detection run"):
+        open_run(tmp_path, "detection")
+    monkeypatch.setattr(protocol.os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="eval.jsonl, which cannot be written"):  # before the work
+        open_run(tmp_path, "finetuning")
 
 
-def test_a_result_can_be_repeated(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("clip_grad", [0.2, math.inf])
+def test_the_loop_is_that_of_torchs_optimiser(tmp_path, clip_grad):
+    """Three steps of two micro batches, beside a loop written out here."""
+    model, same = (nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 2)) for _ in range(2))
+    same.load_state_dict(model.state_dict())
+    optimizer, reference = (torch.optim.AdamW([dict(params=[net[2].weight], lr_scale=0.5),
+                                               dict(params=[net[2].bias], lr_scale=1)]) for net in (model, same))
+    samples, plan = common.Samples(noise(6, size=4), lambda *it: it, 0), common.make_plan(6, 6, 3, 3, 1)
+    rates, seen, run = [0.3, 0.2, 0.1], [], common.Run("test", config(seed=7, log_every=1), tmp_path)
+    run.begin(ONE, plan, samples, model, optimizer)
+
+    def loss(net, batch):
+        return nn.functional.cross_entropy(net(common.normalise(batch[0])), batch[1])
+
+    def compute_loss(net, batch):
+        assert net.training
+        seen.append((torch.initial_seed(), batch))
+        value = loss(net, batch)
+        return value, dict(twice=2 * value)
+
+    for step, lr, norm in fit(config(seed=7), run, ONE, plan, model, optimizer, compute_loss, rates.__getitem__,
+                              clip_grad):
+        total = 0
+        for seed, batch in seen[-2:]:
+            torch.manual_seed(seed)
+            total = total + loss(same, batch)
+        (total / 2).backward()
+        length = torch.cat([p.grad.flatten() for p in same.parameters()]).norm()
+        for group in reference.param_groups:
+            group["lr"] = rates[step - 1] * group["lr_scale"]
+            for p in group["params"]:
+                p.grad *= min(1, clip_grad / length.item())
+        reference.step()
+        reference.zero_grad()
+        torch.testing.assert_close((model.state_dict(), norm), (same.state_dict(), length))
+        assert lr == rates[step - 1] and run.log(step, lr, norm)
+        assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["twice"] == pytest.approx(total.item())
+        model.eval()  # as a test does
+    assert [seed for seed, _ in seen] == [common.seed_for(7, "step", *at) for at in product(range(3), (0, 3))]
+
+
+def test_a_result_can_be_repeated(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    export(tiny(), tmp_path / "encoder.safetensors")
+    (tmp_path / "last.pt").write_bytes(b"weights")
     for number in (1, 2):
-        append_result("test", tmp_path / "encoder.safetensors", tiny(), config(seed=4), 0.0, number=number)
+        append_result("test", tmp_path / "last.pt", tiny(), config(seed=4), 0.0, number=number)
     first, second = map(json.loads, (tmp_path / "eval.jsonl").read_text().splitlines())
     assert (first["kind"], first["number"], second["number"]) == ("test", 1, 2)
-    assert first["sha256"] == hashlib.sha256((tmp_path / "encoder.safetensors").read_bytes()).hexdigest()
+    assert first["sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert first["flags"] == dataclasses.asdict(config(seed=4)) and first["encoder"] == tiny().config
     assert first["torch"] == torch.__version__ and first["torchvision"] and first["pillow"]
     assert first["commit"] == common.commit() and first["command"] and first["processes"] == 3
-
-
-def test_workers_are_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 24)
-    assert EvalConfig(checkpoint="x").workers == 16 and EvalConfig(checkpoint="x", data="scenes").workers == 0
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert EvalConfig(checkpoint="x").workers == 3
-
-
-def test_bad_flags(tmp_path):
-    for changes, match in ((dict(checkpoint=""), "--checkpoint is missing"), (dict(seed=-1), "seed"),
-                           (dict(batch_size=0), "at least 1"), (dict(img_size=-1), "img_size")):
-        with pytest.raises(ValueError, match=match):
-            config(**changes)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        open_checkpoint(config(checkpoint=str(tmp_path / "x.pth")))
-    with pytest.raises(FileNotFoundError, match="neither encoder.safetensors nor last.pt"):
-        open_checkpoint(config(checkpoint=str(tmp_path)))
-    image = write_images(tmp_path / "images", 1) / "00.png"
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-        open_checkpoint(config(checkpoint=str(image)))
-
-
-def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
-    (tmp_path / "last.pt").touch()
-    protocol.check_writable(tmp_path / "last.pt")
-    monkeypatch.setattr(protocol.os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="eval.jsonl, which cannot be written: copy the checkpoint"):
-        protocol.check_writable(tmp_path / "last.pt")

@@ -11,6 +11,7 @@ import ast
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import sys
@@ -42,7 +43,8 @@ def comments(source):
 def read(text):
     """A shape comment as a Python expression, None for any other. Raises SyntaxError."""
     spans = [found.span() for found in re.finditer(r"(?<![\w\]])\((?:[^()]|\([^()]*\))*\)", text)
-             if "," in found[0] or found.start() == 0 and " " not in found[0]]
+             if "," in found[0] and re.search(r"\b[A-Zb-z]\b|\d|\.\.\.|,\)", found[0])
+             or found.start() == 0 and not re.search("[a-z]{2}", found[0])]
     if not spans:
         return None
     text = text[0 if re.match(r"(\w+|\([^()]*\)) x \(", text) else spans[0][0]: spans[-1][1]]
@@ -66,6 +68,8 @@ def holds(tree, value, known):
         return type(value) is list and holds(tree.left, len(value), known) and holds(tree.right, value, known)
     if isinstance(tree, ast.Tuple):
         places = tree.elts
+        if type(value) is int:
+            return False
         if type(value) is list and not any(isinstance(place, ast.Tuple) for place in places):
             return value != [] and all(holds(tree, shape, known) for shape in value)
         if ast.unparse(places[0]) == "...":
@@ -111,7 +115,7 @@ class Trace:
     """Looks at the shape comments of {file: source} while functions run."""
 
     def __init__(self, sources):
-        self.unreadable, self.files, self.calls = [], {}, {file: {} for file in sources}
+        self.problems, self.files, self.calls = [], {}, {file: {} for file in sources}
         for file, source in sources.items():
             texts, trees = {}, {}
             for line, text, alone in comments(source):
@@ -119,7 +123,7 @@ class Trace:
                 try:
                     tree = None if alone and text[:1] != "(" else read(text)
                 except SyntaxError:
-                    self.unreadable.append(f"{texts[line]}: cannot be read")
+                    self.problems.append(f"{texts[line]}: cannot be read")
                 else:
                     trees |= {line: tree} if tree else {}
             places = {line: found for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)
@@ -140,6 +144,8 @@ class Trace:
         sys.settrace(enter)
         try:
             main(flags.split())
+        except Exception as error:  # one script must not hide what is to be said of the others
+            self.problems.append(f"{main.__module__} {flags}: {error!r}")
         finally:
             sys.settrace(before)
 
@@ -172,14 +178,14 @@ class Trace:
         return step
 
     def report(self):
-        """What cannot be read, was not executed, or is false, as FILE:LINE: # COMMENT: WHAT."""
-        found = list(self.unreadable)
+        """What failed, cannot be read, was not executed, or is false, as FILE:LINE: # COMMENT: WHAT."""
+        found = list(self.problems)
         for file, (texts, trees, _, key) in self.files.items():
             seen, wrong = set(), {}
             for call in self.calls[file].values():
                 seen |= {event[0] for event in call[1]}
                 wrong = false_lines(call, trees, key) | wrong
-            wrong |= dict.fromkeys(trees.keys() - seen, "was never executed")
+            wrong |= dict.fromkeys(trees.keys() - seen, "was not executed, or ends no statement with a value")
             found += [f"{texts[line]}: {wrong[line]}" for line in sorted(wrong)]
         return found
 
@@ -216,6 +222,9 @@ def pretrain(trace):
         R = dict(zoom_in=36, zoom_out=20).get(task.removeprefix("mask+"), 28)
         trace.run(beyond, flags.format(28, 4, ratio, f"{task} --task {task}"),
                   **hidden, N=49, D=128, E=64, P=4, S=28, R=R)
+    # As other projects call the encoder.
+    vit, mask = MODULES["common"].ViT(40, 8, embed_dim=128, depth=1, num_heads=4), torch.arange(25) < 15
+    trace.run(lambda argv: vit(torch.zeros(7, 3, 40, 40), mask.expand(7, -1)), N=25, V=10, M=15, D=128, P=8)
 
 
 def evaluate(trace):
@@ -224,7 +233,7 @@ def evaluate(trace):
         known = dict(D=128, N=25, V=25, K=6, P=8, H=4, d=32) | changes
         trace.run(MODULES[f"eval.{name}"].main, f"--workers 0 --device cpu --checkpoint {flags}", **known)
 
-    run("knn", "two --data data --batch_size 12")
+    run("knn", "two --data data --batch_size 12", k=20)
     run("frequency", "two --data data --batch_size 12")
     run("features", "two --data data --batch_size 8 --tokens patches --layers 1,-1 --out f.safetensors")
     run("linear_probe", "two --data data --protocol ridge")
@@ -288,19 +297,20 @@ def test_a_false_shape_comment_is_found(trace):
             comment = texts[line].split("# ", 1)[1]
             comment = comment[:comment.rindex(")") + 1]
             calls = [call for call in trace.calls[file].values() if line in {event[0] for event in call[1]}]
-            if any(false_lines(call, trees, key) for call in calls):
+            if not calls or any(false_lines(call, trees, key) for call in calls):
                 continue
             for other in {*mutants(comment)} - {comment}:
                 count += 1
                 if not any(false_lines(call, trees | {line: read(other)}, key) for call in calls):
                     missed.append(f"{texts[line]} could as well be {other}")
-    assert count > 200 and len(missed) < 0.02 * count, "\n".join(["", *missed])
+    assert count > 200 and len(missed) < count / 40, "\n".join(["", *missed])
 
 
 PLANTED = '''"""Dimension key: B batch, N patches, D width, P side, Q other side."""
 def shapes(x, dim):
     a, b = x, x.sum(2)  # (B, N, D), (B, N)
     a, b = x, x.sum(2)  # (B, N, D), (N, B): false
+    b = x.sum(2)  # (B, N), (B, N): false
     for y in (x, x):  # (B, N, dim)
         y = y[:, 1:]  # (B, D, N): false
     both = [x, x]  # B x (B, N, D)
@@ -309,22 +319,19 @@ def shapes(x, dim):
     a = x  # (B, N, Z): false
     a = x  # (B, N, Q*Q*Q): false
     if dim == 5:
-        a = x  # (B, N): was never executed
-    if b is not None:  # (B, N, D): was never executed
+        a = x  # (B, N): not executed
+    if b is not None:  # (B, N, D): no value
         a = x  # (B N, D): cannot be read
     return x.sum(0)  # (..., N, D) or (N,), and this is text (see above)
 '''
 
 
-def test_planted_comments(tmp_path):
-    scope, trace = {}, Trace({str(tmp_path): PLANTED})
-    exec(compile(PLANTED, tmp_path, "exec"), scope)
+def test_planted_comments():
+    scope, trace = {}, Trace({"planted.py": PLANTED})
+    exec(compile(PLANTED, "planted.py", "exec"), scope)
     trace.run(lambda argv: scope["shapes"](torch.zeros(2, 9, 4), 4))
-    found = {int(message.split(":")[1]): message for message in trace.report()}
-    planted = {line: match[1] for line, text in enumerate(PLANTED.splitlines(), 1)
-               if (match := re.search(r"\): (false|was never executed|cannot be read)$", text))}
-    assert found.keys() == planted.keys()
-    assert all(found[line].endswith(f"{what}: {what}") for line, what in planted.items() if what != "false")
+    planted = [line for line, text in enumerate(PLANTED.splitlines(), 1) if re.search(r"# .*\): ", text)]
+    assert sorted(int(message.split(":")[1]) for message in trace.report()) == planted
 
 
 def prose(name):
@@ -337,12 +344,14 @@ def prose(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tag_has_a_legend(name):
-    """`Sources: [code] the authors' code, ...` in the card explains the tags of the file, and no others."""
+    """The card explains the tags of the file, and no others: in a paragraph
+    `Sources: [code] the authors' code, ...`, or as in `[F] is a fork` and `[F]: a fork`."""
     card, rest = prose(name)
-    legend = (re.findall(r"Sources?:.*?(?=\n *\n|\n  \[D|\Z)", card, re.S) or [""])[0]
-    explained, used = (set(re.findall(r"(?<![\w\]).'\"`])\[([a-z]+|[A-Z])\]", text))
-                       for text in (legend, card.replace(legend, "") + rest))
-    assert explained == used
+    sources = (re.findall(r"Sources?:.*?(?=\n *\n|\n  \[D|\Z)", card, re.S) or [""])[0]
+    tag = r"(?<![\w\]).'\"`])\[([a-z]+|[A-Z])\]"
+    explained = re.findall(tag, sources) + re.findall(f"{tag}(?=:| is )", card)
+    used = re.findall(tag, card.replace(sources, "") + rest)
+    assert sorted(set(explained)) == sorted(set(used))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -363,11 +372,12 @@ def wrong_recipe(card, config, numeric):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_recipe_is_that_of_the_card(name):
-    module, parse = MODULES[name], MODULES["common"].parse_config
-    config = vars(parse(module.Config, "", module.SIZES, None, ["--model", "vit_b"]))
-    numeric = {field for field in module.Config.__annotations__ if type(config[field]) in (int, float)}
-    assert len(numeric) >= 6 and wrong_recipe(module.__doc__, config, numeric) == []
+def test_every_recipe_is_that_of_the_card(name, capsys, tmp_path):
+    """The numbers in the card are those that the dry run of ViT-B prints."""
+    MODULES[name].main(["--model", "vit_b", "--dry_run", "--out", str(tmp_path / "run")])
+    config = json.loads(re.search(r"^recipe +(\{.*\})$", capsys.readouterr().out, re.M)[1])
+    numeric = {field for field in MODULES[name].Config.__annotations__ if type(config[field]) in (int, float)}
+    assert len(numeric) >= 6 and wrong_recipe(MODULES[name].__doc__, config, numeric) == []
 
 
 def test_a_wrong_recipe_is_found():

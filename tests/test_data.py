@@ -1,0 +1,117 @@
+"""eval/data.py: labelled images of ImageNet's layout, validation folders with a list, built-in data."""
+
+import pytest
+
+import common
+from eval.data import find_labelled
+from helpers import write_images
+
+
+@pytest.mark.parametrize("test_folder", ["val", "validation", "test"])
+def test_class_folders(tmp_path, test_folder):
+    for split, count in (("train", 3), (test_folder, 2)):
+        write_images(tmp_path / split / "n02" / "deep", count, kind=".JPEG")
+        write_images(tmp_path / split / "n01", 1, kind=".JPEG")
+    train, val = (find_labelled(str(tmp_path), split, 32) for split in ("train", "val"))
+    assert train.classes == val.classes == ("n01", "n02")
+    assert [train[index][1] for index in range(4)] == [0, 1, 1, 1] and val.labels.tolist() == [0, 1, 1]
+    assert "n01" in train.path(0) and "n02" in train.path(3)
+    assert (train.name, val.name) == (str(tmp_path / "train"), str(tmp_path / test_folder))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_outside_class_folders_are_refused(tmp_path, split):
+    write_images(tmp_path / split / "a", 1)
+    write_images(tmp_path / split, 1)
+    with pytest.raises(ValueError, match=r"00\.png is outside the class folders"):
+        find_labelled(str(tmp_path), split, 32)
+
+
+def test_training_images_need_class_folders_even_with_a_list(tmp_path):
+    write_images(tmp_path / "train", 2)
+    (tmp_path / "train" / "val.txt").write_text("00 a\n01 b\n")
+    with pytest.raises(ValueError, match="outside the class folders"):
+        find_labelled(str(tmp_path), "train", 32)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    write_images(tmp_path / "a", 1)
+    for split, missing in (("train", "no folder train/"), ("val", "val/ or validation/ or test/")):
+        with pytest.raises(FileNotFoundError, match=missing):
+            find_labelled(str(tmp_path), split, 32)
+
+
+def test_built_in_images_bring_their_labels(monkeypatch):
+    train, val = (find_labelled("scenes", split, 16) for split in ("train", "val"))
+    assert train.classes == val.classes and len(train.classes) == 10
+    assert train[0][0].shape == (3, 16, 16) and set(val.labels.tolist()) == set(range(10))
+    images = common.Images(train.pixels[:2], [4, 2], ("e", "c"), "cifar10")
+    monkeypatch.setattr(common, "cifar10_data", {"val": images}.get)
+    assert find_labelled("cifar10", "val", 32) is images
+
+
+# -- a validation folder without class folders
+
+
+def flat(root, lines, name="LOC_val_solution.csv", classes=("n01", "n02", "n03")):
+    """train/ of three classes, and val/ with three images and a list."""
+    for label in classes:
+        write_images(root / "train" / label, 1)
+    write_images(root / "val", 3, kind=".JPEG")
+    (root / "val" / name).write_text("\n".join(lines) + "\n")
+    return str(root)
+
+
+KAGGLE = ["ImageId,PredictionString", "01,n03 1 2 3 4 ", "00,n02 5 6 7 8 n02 1 2 3 4", "02,n01 1 2 3 4"]
+LISTS = [("LOC_val_solution.csv", KAGGLE), ("val.txt", ["00.JPEG 1", "01.JPEG 2", "02.JPEG 0"]),
+         ("labels.txt", ["val/00.JPEG\tn02", "val/01.JPEG\tn03", "", "val/02.JPEG\tn01"])]
+
+
+@pytest.mark.parametrize("name, lines", LISTS)
+def test_the_list_gives_names_or_indices_of_classes(tmp_path, name, lines):
+    root = flat(tmp_path, lines, name)
+    train, val = (find_labelled(root, split, 32) for split in ("train", "val"))
+    assert val.classes == train.classes == ("n01", "n02", "n03")
+    assert [val[index][1] for index in range(3)] == [1, 2, 0]
+
+
+def test_a_list_beside_the_folder(tmp_path):
+    root = flat(tmp_path, ["00 n01", "01 n02", "02 n03"], "val.txt")
+    (tmp_path / "val" / "val.txt").rename(tmp_path / "val.txt")
+    (tmp_path / "val" / "readme.txt").write_text("not the list")
+    assert find_labelled(root, "val", 32).labels.tolist() == [0, 1, 2]
+
+
+def test_indices_count_the_sorted_folders_of_train(tmp_path):
+    """A folder without images counts; loose files do not."""
+    root = flat(tmp_path, ["00 3", "01 1", "02 2"], "val.txt")
+    (tmp_path / "train" / "n00").mkdir()
+    (tmp_path / "train" / "a.txt").touch()
+    val = find_labelled(root, "val", 32)
+    assert [val.classes[label] for label in val.labels] == ["n03", "n01", "n02"]
+
+
+def test_class_folders_named_by_numbers_are_names(tmp_path):
+    val = find_labelled(flat(tmp_path, ["00 2", "01 10", "02 2"], "val.txt", ("2", "10")), "val", 32)
+    assert val.classes == ("10", "2") and val.labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("lines, match", [
+    (["00 n01", "01 n02"], r"names 2 images and .*val holds 3; 02 is in the folder only"),
+    (["00 n01", "01 n02", "02 n03", "03 n01"], r"names 4 images .* 03 is in the list only"),
+    (["00 1", "01 2", "02 3"], r"class index 3, and the 3 folders of .*train are counted from 0"),
+])
+def test_a_list_that_does_not_fit_is_refused(tmp_path, lines, match):
+    with pytest.raises(ValueError, match=match):
+        find_labelled(flat(tmp_path, lines), "val", 32)
+
+
+def test_without_a_list_or_with_two_of_unknown_names(tmp_path):
+    root = flat(tmp_path, ["00 n01", "01 n02", "02 n03"], "a.txt")
+    (tmp_path / "val" / "b.txt").touch()
+    with pytest.raises(FileNotFoundError, match="no list of their classes: put LOC_val_sol"):
+        find_labelled(root, "val", 32)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "val" / name).unlink()
+    with pytest.raises(FileNotFoundError, match="no list of their classes"):
+        find_labelled(root, "val", 32)
