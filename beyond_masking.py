@@ -6,11 +6,11 @@ The idea in one sentence: hiding patches is only one way to spoil an image that 
 of the others, those that move things help more than those that change their look, and the best
 practice joins masking with a zoom.
 
-Why (our reading): where every patch stays in its place and only its look is changed, each token can
-be restored from itself alone: to sharpen or to colour is the work of a filter. Once things move, the
-pixels asked for at a place are in other tokens: the encoder must know what is where and attend there.
-Hidden patches are asked for though no token has them; zoomed in, so is what lies around the view.
-The log shows these two as `centre` and `border`.
+Why (our reading): where every patch stays in its place and only its look is changed, each token
+can be restored from itself alone: to sharpen or to colour is the work of a filter. Once things
+move, the pixels asked for at a place are in other tokens: the encoder must know what is where and
+attend there. Hidden patches are asked for though no token has them; zoomed in, so is what lies
+around the view. The log shows these two as `centre` and `border`.
 
   photo -- crop -- clean image -- degrade -- view (B, 3, S, S) -- visible patches -- ViT encoder
                        |                                                                 |
@@ -138,8 +138,8 @@ class Config(common.RunConfig):
         check_size(self.task, self.img_size, self.patch_size)
         if is_masked(self.task) != (0 < self.num_masked < self.num_patches):
             raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {self.num_masked} of "
-                             f"{self.num_patches} patches: in tasks mask..., and in no others, some "
-                             "must be hidden and some visible")
+                             f"{self.num_patches} patches: in tasks mask..., and in no others, "
+                             "some must be hidden and some visible")
         if self.crop_min > 1:
             raise ValueError("--crop_min is at most 1")
 
@@ -147,10 +147,6 @@ class Config(common.RunConfig):
     def num_masked(self):
         # The number of visible patches is truncated [code].
         return self.num_patches - int(self.num_patches * (1 - self.mask_ratio))
-
-    @property
-    def scene_size(self):
-        return max(self.img_size, *clean_size(self.task, self.img_size))
 
     @property
     def run_name(self):
@@ -293,8 +289,8 @@ class Augment:
 
 
 def inputs(batch, device):
-    """A batch of `Augment` to what the model takes: clean images (B, 3, R, R), normalised, and params
-    on the device, and the mask (B, N) or None, which stays on the CPU."""
+    """A batch of `Augment` to what the model takes: clean images (B, 3, R, R), normalised, and
+    params on the device, and the mask (B, N) or None, which stays on the CPU."""
     clean, params, *mask = batch
     params = {name: value.to(device, non_blocking=True) for name, value in params.items()}
     return common.normalise(clean.to(device, non_blocking=True)), params, mask[0] if mask else None
@@ -333,8 +329,8 @@ def normalise_patches(images, patch_size):
 
 def pixel_target(task, clean, patch_size, img_size):
     """What pred is compared with, a dict of patches (B, N, P*P*3) [code]: "whole" is all of the
-    clean image, at the size of pred. Zoomed in, "centre" is the view, normalised on its own patches;
-    at the seam it differs from the border around it, by the authors' design."""
+    clean image, at the size of pred. Zoomed in, "centre" is the view, normalised on its own
+    patches; at the seam it differs from the border around it, by the authors' design."""
     target = dict(whole=normalise_patches(area_resize(clean, img_size), patch_size))
     if degradation(task) == "zoom_in":
         target["centre"] = normalise_patches(center_crop(clean), patch_size)
@@ -370,8 +366,8 @@ def in_fp32(device):
 
 
 class BeyondMasking(nn.Module):
-    """Encoder, bridge and decoder for one task. `.encoder` is a `common.ViT`. Sizes and patch may be
-    (H, W) pairs. Raises ValueError for an unknown task and for an img_size that does not fit it."""
+    """Encoder, bridge and decoder for one task. `.encoder` is a `common.ViT`. Sizes and patch may
+    be (H, W) pairs. Raises ValueError for an unknown task and an img_size that does not fit it."""
 
     def __init__(self, task, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_dim=384, decoder_depth=4, decoder_heads=6, class_token=False):
@@ -502,8 +498,8 @@ def patch_error(pred, target, ids_masked):
 
 
 def zoom_in_loss(pred, whole, centre, ids_masked, patch_size):
-    """0.8 of the error on the view's patches `centre` (B, N, P*P*3), 0.2 of that on the border; pred
-    and `whole` are images (B, 3, R, R). The border's four strips are means, summed [code]."""
+    """0.8 of the error on the view's patches `centre` (B, N, P*P*3), 0.2 of that on the border;
+    pred and `whole` are images (B, 3, R, R). The border's four strips are means, summed [code]."""
     view = common.patchify(center_crop(pred), patch_size)  # (B, N, P*P*3)
     inside = patch_error(view, centre, ids_masked)
     error, (h, w) = (pred - whole).square(), (side // 9 for side in pred.shape[-2:])
@@ -518,7 +514,7 @@ def zoom_in_loss(pred, whole, centre, ids_masked, patch_size):
 
 @torch.no_grad()
 def preview(path, config, model, batch, device):
-    """Draws a batch of `Augment` as rows: clean | view, hidden patches grey | target | prediction."""
+    """Draws a batch of `Augment` as rows: clean | view, hidden patches grey | target | pred."""
     model.eval()
     (clean, params, mask), vit = inputs(batch, device), model.encoder
     ids = common.mask_to_ids(mask, device) if mask is not None else ()
@@ -543,21 +539,16 @@ def preview(path, config, model, batch, device):
 def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = dist.device
-    images = common.find_data(config.data, "pretrain", config.scene_size)
+    size = clean_size(config.task, config.img_size)  # built-in images are as large as needed
+    images = common.find_data(config.data, "pretrain", max(config.img_size, *size))
     samples = common.Samples(images, Augment(config), config.seed)
     model = run.load(build(config)).to(device)
     if config.preview:
         return preview(config.preview, config, model, common.preview_batch(samples), device)
-    common.compile_blocks(config, device, model.encoder.blocks, model.decoder.blocks)
+    common.compile_blocks(config, device, model)
     groups = common.parameter_groups(model, config.weight_decay, decays)
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
-                            dist.world)
-    common.describe(config.facts, config, model, plan, dist,
-                    f"{len(images):,} images in {images.name}", run.folder)
-    run.begin(dist, plan, samples, model, optimizer)
-    parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True)
+    plan, parallel = run.prepare(dist, samples, model, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
     model.train()

@@ -6,11 +6,11 @@ The idea in one sentence: a ViT that sees some patches of an image must give, fo
 sees and for those it does not, the features that a frozen CLIP tower gives for the whole image.
 
 Why: were pixels the target, there would be nothing to learn at a patch that is seen. CLIP's feature
-of a patch is not in its pixels: it says what the patch is in its image, a wing of this bird. To give
-it at a visible patch the encoder must understand the rest of the image from what is left of it, and
-the error reaches every visible token directly, while that of a hidden one comes through another
-network, the regressor. So little needs to be hidden: small models, which guess hidden patches badly,
-do best with few. `visible` and `masked` in the log are the two errors, `cls` the class token's.
+of a patch is not in its pixels: it says what the patch is in its image, a wing of this bird. To
+give it at a visible patch the encoder must understand the rest of the image from what is left, and
+the error reaches every visible token directly; that of a hidden one comes through another network,
+the regressor. So little needs to be hidden, least for small models, which guess badly. `visible`,
+`masked` and `cls` in the log are the parts of the error.
 
   image ---------------------------- CLIP tower (frozen) ---- targets (B, 1+N, C) -----+
     |                                                                                  |
@@ -19,8 +19,7 @@ do best with few. `visible` and `masked` in the log are the two errors, `cls` th
           mask token x M -- regressor: queries m look at [z, m] ----+  pred, 1+N tokens
 
   loss = 1/(1+N) sum over all tokens t, class token, visible and masked, of (1 - cos(y_t, c_t))
-In the code: y `pred`, c `targets`; supervise="visible" leaves out the masked tokens, "masked" the
-others.
+In the code: y `pred`, c `targets`; --supervise visible or masked takes the sum over these alone.
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, R regressor
 width, C teacher width, P patch side, S image side, h heads, d width of a head, T tokens.
@@ -33,8 +32,8 @@ Recipe (bare command, ViT-B): epochs 300, batch_size 2048, lr 1.5e-3, min_lr 1e-
 warmup_epochs 10, weight_decay 0.05, clip_grad 3.0, drop_path 0.1, mask_ratio 0.5, img_size 224,
 patch_size 16, crop_min 0.4, color_jitter 0.4
 
-Sources: [code] the authors' code, [readme] their README, [T] a third party. Where they are silent,
-we decided (what all methods share stands at the top of common.py):
+Sources: [code] the authors' code, [readme] their README, [T] a third party. Our decisions, where
+these are silent (those that all methods share: top of common.py):
   [D1] ViT-L has no released script. Regressor of 4 blocks x 1024 with 16 heads (the released code
        would build 12 heads of width 85); batch, schedule and augmentation as for ViT-B; mask 50 %
        and lr 1.5e-3 as in PanDerm's ViT-L on CAE v2 [T].
@@ -46,16 +45,16 @@ we decided (what all methods share stands at the top of common.py):
   [D6] On a few small grids no block of the smallest area fits; after 1000 tries smaller ones may.
   [D7] For another grid open_clip resizes the teacher's position table, bicubic; authors: bilinear.
 
-Commands (the same command again resumes):
+Commands (the same command again resumes; --out is runs/cae_v2_MODEL):
   python cae_v2.py --demo                                  built-in images and teacher, on a laptop
   python cae_v2.py --model vit_s --data ~/photos           one GPU, any folder of images
   torchrun --nproc_per_node=8 cae_v2.py --model vit_l      the paper's run: ImageNet-1K, 300 epochs
---out is runs/cae_v2_MODEL unless given. To use the method elsewhere copy this file and common.py
-(and demo/ for `scenes` and `demo`).
+To use the method elsewhere copy this file and common.py (and demo/ for `scenes` and `demo`).
 """
 
 import logging
 import math
+import os
 import random
 import typing
 from dataclasses import dataclass
@@ -78,19 +77,15 @@ from common import flag
 METHOD = "cae_v2"  # in files and in the name of the run's folder
 
 # 12 heads for ViT-Ti and ViT-S too, where timm has 3 and 6 [code].
-SIZES = {
-    "vit_ti": dict(embed_dim=192, depth=12, num_heads=12, regressor_dim=96, regressor_depth=1,
-                   regressor_heads=12, init_values=0.1),  # [code]
-    "vit_s": dict(embed_dim=384, depth=12, num_heads=12, regressor_dim=384, regressor_depth=1,
-                  regressor_heads=12, init_values=0.1),  # [code]
-    "vit_b": dict(embed_dim=768, depth=12, num_heads=12, regressor_dim=768, regressor_depth=4,
-                  regressor_heads=12, init_values=0.1),  # [code]
-    "vit_l": dict(embed_dim=1024, depth=24, num_heads=16, regressor_dim=1024, regressor_depth=4,
-                  regressor_heads=16, init_values=1e-5),  # [D1] [readme]
-    # Not of the paper: for 32-pixel images with patches of 4.
-    "vit_demo": dict(embed_dim=128, depth=4, num_heads=4, regressor_dim=128, regressor_depth=1,
-                     regressor_heads=4, init_values=0.1),
-}
+COLUMNS = ("embed_dim", "depth", "num_heads", "regressor_dim", "regressor_depth", "regressor_heads",
+           "init_values")
+SIZES = {model: dict(zip(COLUMNS, row)) for model, row in {
+    "vit_ti": (192, 12, 12, 96, 1, 12, 0.1),  # [code]
+    "vit_s": (384, 12, 12, 384, 1, 12, 0.1),  # [code]
+    "vit_b": (768, 12, 12, 768, 4, 12, 0.1),  # [code]
+    "vit_l": (1024, 24, 16, 1024, 4, 16, 1e-5),  # [D1] [readme]
+    "vit_demo": (128, 4, 4, 128, 1, 4, 0.1),  # ours, for 32-pixel images with patches of 4
+}.items()}
 DEPENDS = dict(mask_ratio=("model", {"vit_ti": 30 / 196, "vit_s": 49 / 196, "vit_b": 98 / 196,
                                      "vit_l": 98 / 196, "vit_demo": 0.5}))  # [code] [D1]
 
@@ -104,7 +99,7 @@ class Config(common.RunConfig):
     """The recipe; the flags that are no part of it come from common.RunConfig."""
 
     epochs: int = flag(300, "passes over the data [code]", positive=True)
-    batch_size: int = flag(2048, "images per step over all processes, 8 x 256 [code]", positive=True)
+    batch_size: int = flag(2048, "images per step, all processes: 8 x 256 [code]", positive=True)
     lr: float = flag(1.5e-3, "peak rate; absolute, belongs to batch 2048 [code]", positive=True)
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine [code]")
     warmup_epochs: float = flag(10, "epochs of linear warm-up from 0 [code]")
@@ -117,16 +112,16 @@ class Config(common.RunConfig):
     mask_ratio: float = flag(0.0, "share of hidden patches, rounded to a count (default by size)")
     img_size: int = flag(224, "pixels of the crop's side [code]", positive=True)
     patch_size: int = flag(16, "pixels of a patch's side [code]", positive=True)
-    crop_min: float = flag(0.4, "smallest random crop, as a share of the image's area [code]",
-                           positive=True)
+    crop_min: float = flag(0.4, "smallest crop's share of the image's area [code]", positive=True)
     color_jitter: float = flag(0.4, "brightness, contrast, saturation; always applied [code]")
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.num_masked < self.grid**2:
-            raise ValueError(f"--mask_ratio {self.mask_ratio:g} leaves no patch visible: give less")
-        if self.supervise == "masked" and self.num_masked == 0:
-            raise ValueError("--supervise masked needs hidden patches: give a larger --mask_ratio")
+        least = 1 if self.supervise == "masked" else 0
+        if not least <= self.num_masked < self.num_patches:
+            raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {self.num_masked} of "
+                             f"{self.num_patches} patches: some must be visible, and for "
+                             "--supervise masked some hidden")
         if self.crop_min > 1 or self.drop_path >= 1:
             raise ValueError("--crop_min is at most 1 and --drop_path below 1")
 
@@ -136,19 +131,16 @@ class Config(common.RunConfig):
 
     @property
     def num_masked(self):
-        return round(self.mask_ratio * self.grid**2)
+        return round(self.mask_ratio * self.num_patches)
 
     @property
     def facts(self):
         """What the printed recipe says of this method: {label: text}."""
-        scaled = self.lr * self.batch_size / 2048
-        note = f" (linear scaling from the paper's 2048 would give {scaled:.2e})"
-        return dict(
-            model=f"CAE v2, {self.model}",
-            task=f"{self.num_masked} of {self.grid**2} patches hidden ({self.mask}), supervised: "
-                 f"{self.supervise}, teacher: {self.teacher}",
-            lr=f"{self.lr:.2e}, absolute{note if scaled != self.lr else ''}, {self.warmup_epochs:g} "
-               "epochs of warm-up")
+        scaled = f"; linear scaling from 2048 would give {self.lr * self.batch_size / 2048:.2e}"
+        return dict(model=f"CAE v2, {self.model}, teacher {self.teacher}",
+                    task=f"{self.num_masked} of {self.num_patches} patches hidden ({self.mask}), "
+                         f"supervised: {self.supervise}",
+                    lr=f"{self.lr:.2e}, absolute{scaled * (self.batch_size != 2048)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,12 +151,14 @@ def block_mask(grid, num_masked, rng):
     """One mask of rectangles with exactly `num_masked` hidden cells, as rows of 0 and 1. Δ
 
     BEiT's rule as the authors run it [code]: rectangles of random area and aspect are tried until
-    the count is met. `rng` is a `random.Random`, so that each draw can be compared with theirs.
+    the count is met; one that hides nothing new, or more than is left, is thrown away. Blocks hide
+    whole objects, where scattered patches leave a neighbour to copy from. `rng` is a
+    `random.Random`, so that each draw can be compared with theirs.
     """
     rows, columns = common.pair(grid)
     if not 0 <= num_masked < rows * columns or (num_masked and min(rows, columns) < 2):
-        raise ValueError(f"{num_masked} hidden patches in blocks do not fit {rows} x {columns}: one "
-                         "patch must stay visible, and blocks need at least 2 x 2")
+        raise ValueError(f"{num_masked} hidden patches in blocks do not fit {rows} x {columns}: "
+                         "one patch must stay visible, and blocks need at least 2 x 2")
     mask, left, tries = [[0] * columns for _ in range(rows)], num_masked, 0
     while left:
         # At least 16 cells are aimed at [code]; with fewer left, `uniform` runs from 16 down.
@@ -184,22 +178,18 @@ def block_mask(grid, num_masked, rng):
 
 
 def block_masks(batch, grid, num_masked, generator=None):
-    """(batch, N) bool, True = hidden, exactly `num_masked` per row, in blocks (see `block_mask`).
-
-    Each mask draws from a `random.Random` that the torch `generator` seeds.
-    Raises ValueError for a count outside 0..N-1.
-    """
+    """(batch, N) bool, True = hidden, exactly `num_masked` per row, in blocks (see `block_mask`),
+    each from a `random.Random` that the torch `generator` seeds.
+    Raises ValueError for a count outside 0..N-1."""
     seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
     masks = [block_mask(grid, num_masked, random.Random(seed)) for seed in seeds]
     return torch.tensor(masks, dtype=torch.bool).flatten(1)  # (B, N)
 
 
 class Augment:
-    """Makes a training sample in a worker: student image, teacher image if its size differs, mask.
-
-    Colour jitter and flip come before the crop, so the teacher sees them too [code]; both images
-    are one crop, resized to each size. Images are uint8 (3, S, S), the mask is (N,) bool.
-    """
+    """Makes a training sample in a worker: student image, teacher image if its size differs, both
+    uint8 (3, S, S), mask (N,) bool. Colour jitter and flip come before the crop, so the teacher
+    sees them too [code]; both images are one crop, resized to each size."""
 
     def __init__(self, config, teacher_size):
         self.config = config
@@ -217,13 +207,13 @@ class Augment:
         if config.mask == "block":
             mask = block_masks(1, config.grid, config.num_masked)
         else:
-            mask = common.random_masks(1, config.grid**2, config.num_masked)
+            mask = common.random_masks(1, config.num_patches, config.num_masked)
         return *crops, mask[0]
 
 
 def inputs(batch, teacher, device):
-    """A batch of `Augment` to (student images, teacher images, mask): images (B, 3, S, S) float32 on
-    the device, each with its own mean and std, the mask (B, N) on the CPU."""
+    """A batch of `Augment` to (student images, teacher images, mask): images (B, 3, S, S) float32
+    on the device, each with its own mean and std, the mask (B, N) on the CPU."""
     *crops, mask = batch
     crops = [crop.to(device, non_blocking=True) for crop in crops]
     cfg = teacher.preprocess_cfg
@@ -253,44 +243,36 @@ def load_teacher(spec, img_size):
     .safetensors, .bin or .pt), or `demo`. The position table is resized [D7].
     Raises ValueError or FileNotFoundError that says what to do.
     """
-    import huggingface_hub
     import open_clip  # here, not above: no other method needs it
+    from huggingface_hub import constants, try_to_load_from_cache
     name, source, config = teacher_config(spec)
-    published, preprocess = open_clip.get_pretrained_cfg(name, source), {}
-    size, patch = common.pair(img_size), common.pair(config["vision_cfg"]["patch_size"])
-    if any(side % step for side, step in zip(size, patch)):
-        raise ValueError(f"the teacher {name} has patches of {patch[0]} pixels, which do not tile "
-                         f"{size[0]} x {size[1]}")
-    if published:
-        if bool(published.get("quick_gelu")) != bool(config.get("quick_gelu")):
-            # All would run, and the features would be wrong.
-            other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
-            raise ValueError(f"the weights {source} need another activation than {name} has: give "
-                             f"--teacher {other}:{source}")
-        preprocess = {key: published[key] for key in ("mean", "std") if key in published}
-        page = published.get("hf_hub", "").rstrip("/") or published.get("url")
-        files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-        cached = [huggingface_hub.try_to_load_from_cache(page, file) for file in files]
-        source = next((path for path in cached if isinstance(path, str)), source)  # needs no network
-        if not any(isinstance(path, str) for path in cached):
-            print(f"fetching the teacher's weights: {page} from {huggingface_hub.constants.ENDPOINT}"
-                  f"; without a network download {files[0]} there and give --teacher {name}:FILE",
-                  flush=True)
-    elif not Path(source).expanduser().is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise FileNotFoundError(f"--teacher {spec}: {source} is no file, and none of the tags that "
-                                f"open_clip knows for {name} ({tags})")
+    published = open_clip.get_pretrained_cfg(name, source) or {}
+    # With another activation everything would run, and the features would be wrong.
+    if published and bool(published.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        raise ValueError(f"the weights {source} need another activation than {name} has: write "
+                         "-quickgelu behind the name, or leave it out")
+    if published.get("hf_hub"):
+        page, file = published["hf_hub"].rsplit("/", 1)
+        files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        cached = [path for path in (try_to_load_from_cache(page, file) for file in files) if path]
+        if cached:  # as a file it needs no network at all
+            source = cached[0]
+        else:  # said before the hub's own retries, which may take a minute
+            print(f"fetching the teacher's weights from {constants.ENDPOINT}/{page}; without a "
+                  f"network download {files[0]} there and give --teacher {name}:FILE", flush=True)
+    preprocess = {key: published[key] for key in ("mean", "std") if key in published}
     logging.disable()  # open_clip's own lines; what went wrong is said below
     try:
         visual = open_clip.create_model(
-            name, str(Path(source).expanduser()), require_pretrained=True, force_image_size=size,
-            force_preprocess_cfg=preprocess).visual
+            name, os.path.expanduser(source), require_pretrained=True,
+            force_image_size=common.pair(img_size), force_preprocess_cfg=preprocess).visual
     except Exception as error:  # open_clip, torch, the hub and safetensors have a dozen types
         why = " ".join(str(error).split())[:200]
         if "TorchScript" in why:
-            why = (f"it is OpenAI's archive; convert it once: python -c \"import torch; s = torch.jit."
-                   f"load('{source}', 'cpu').state_dict(); [s.pop(k) for k in ('input_resolution', "
-                   f"'context_length', 'vocab_size')]; torch.save(s, 'clip.pt')\"")
+            why = ("it is OpenAI's archive, convert it once: python -c \"import torch; "
+                   "s = torch.jit.load('ViT-B-16.pt', 'cpu').state_dict(); [s.pop(k) for k in "
+                   "('input_resolution', 'context_length', 'vocab_size')]; "
+                   "torch.save(s, 'vit.pt')\"")
         raise ValueError(f"--teacher {spec}: no weights of {name} from {source}: {why}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -298,27 +280,29 @@ def load_teacher(spec, img_size):
 
 
 def teacher_config(spec):
-    """open_clip's name, the tag or file, and the model's configuration of a `--teacher` value."""
+    """open_clip's name, the tag or file, and the model's configuration of a `--teacher` value.
+    Raises ValueError for a name that open_clip does not have or a tower that does not fit."""
     import open_clip
     demo = Path(__file__).parent / "demo"
-    if spec == "demo":
-        spec = f"tiny_clip:{demo / 'tiny_clip.safetensors'}"
+    spec = f"tiny_clip:{demo / 'tiny_clip.safetensors'}" if spec == "demo" else spec
     name, _, source = spec.partition(":")
     if name == "tiny_clip":
         if not (demo / "tiny_clip.json").exists():
             raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy "
                                     "it along, or name a CLIP model")
         open_clip.add_model_config(demo / "tiny_clip.json")
+    # A model on the hub brings its own code and layers: whether its tower fits cannot be known.
     config = open_clip.get_model_config(name) if name != "hf-hub" else None
     if not source or config is None:
         raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, such as ViT-B-16-"
-                         "quickgelu:openai, or `demo`; open_clip.list_models() lists the names")
+                         "quickgelu:openai, with a NAME of open_clip.list_models(), not of hf-hub, "
+                         "or `demo`")
     vision = config["vision_cfg"]
-    # CLIPA and CoCa pool before their last norm, so that their patch tokens never pass it; towers of
-    # timm (SigLIP, BiomedCLIP, ...) and ResNets have other layers.
+    # CLIPA and CoCa pool before their last norm, so that their patch tokens never pass it; towers
+    # of timm (SigLIP, BiomedCLIP, ...) and ResNets have other layers.
     if not vision.get("patch_size") or {"final_ln_after_pool", "attentional_pool"} & set(vision):
-        raise ValueError(f"the image tower of {name} is not open_clip's own ViT with a last norm for "
-                         "every token: choose a ViT-... of OpenAI, LAION, DataComp or DFN")
+        raise ValueError(f"the image tower of {name} is not open_clip's own ViT, with a last norm "
+                         "for every token: choose a ViT-... of OpenAI, LAION, DataComp or DFN")
     return name, source, config
 
 
@@ -354,8 +338,11 @@ class CrossAttention(nn.Module):
 class RegressorBlock(nn.Module):
     """Mask queries look at the visible tokens and at themselves. Δ
 
-    Queries and keys carry positions, values do not; each of the three has its own LayerNorm. The
-    output of `norm_2` is the new residual stream, not only the MLP's input [code].
+    Only the queries are changed: the encoder's tokens pass through all blocks as they are, so that
+    the encoder alone has to understand the image and the regressor to guess the rest. Queries and
+    keys carry positions, which say who asks and who is near; values do not, since they are what is
+    handed over. Each of the three has its own LayerNorm. The output of `norm_2` is the new residual
+    stream, not only the MLP's input [code].
     """
 
     def __init__(self, dim, num_heads, init_values, drop_path):
@@ -382,11 +369,9 @@ class RegressorBlock(nn.Module):
 
 class CAEv2(nn.Module):
     """Encoder, regressor and one head for all tokens. `target_dim` is the teacher's width C.
-
     A `regressor_dim` other than `embed_dim` puts Linear + LayerNorm between encoder and the rest.
     `init_values` starts the encoder's layer scale; the regressor's then starts at 0.1, since the
-    released code never passes its option on [code]. None or 0: neither has one.
-    """
+    released code never passes its option on [code]. None or 0: neither has one."""
 
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, target_dim,
                  regressor_dim=None, regressor_depth=4, regressor_heads=12, init_values=0.1,
@@ -405,12 +390,10 @@ class CAEv2(nn.Module):
         self.positions = nn.Parameter(positions.to(self.mask_token), requires_grad=False)
         rates = torch.linspace(0, drop_path_rate, regressor_depth, device="cpu").tolist()
         self.regressor = nn.ModuleList(
-            RegressorBlock(R, regressor_heads, 0.1 if init_values else None, rate) for rate in rates)
+            RegressorBlock(R, regressor_heads, 0.1 if init_values else None, rate)
+            for rate in rates)
         self.head_norm = nn.LayerNorm(R, eps=1e-6)
         self.head = nn.Linear(R, target_dim)
-        self._initialise()
-
-    def _initialise(self):
         # The authors' outer class overrides the depth-scaled initialisation of BEiT that its parts
         # start with. What stays [code]: Linear Xavier-uniform with zero bias (a fused qkv as one
         # matrix); convolution and tokens a normal of std 0.02 cut at one sigma; LayerNorm 1 and 0.
@@ -440,11 +423,9 @@ class CAEv2(nn.Module):
         return dict(zip(tokens, pred.split([x.shape[1] for x in tokens.values()], dim=1)))
 
     def forward(self, images, mask, targets, supervise="both"):
-        """Returns (loss, parts): parts are the detached means of "cls", "visible", "masked".
-
-        images (B, 3, S, S), normalised; mask (B, N) bool, True = hidden, the same count per row;
-        targets (B, 1+N, C), raw teacher tokens, class token first, then raster order.
-        """
+        """Normalised images (B, 3, S, S), mask (B, N) bool, True = hidden, and targets (B, 1+N, C),
+        raw teacher tokens, class token first, then raster order, to (loss, parts): parts are the
+        detached means of "cls", "visible", "masked"."""
         if supervise not in ("both", "visible", "masked"):
             raise ValueError(f"supervise is 'both', 'visible' or 'masked', not {supervise!r}")
         ids_keep, ids_masked = common.mask_to_ids(mask, images.device)  # (B, V), (B, M)
@@ -477,15 +458,16 @@ def example(config):
     """(model, inputs of one image, the teacher's run) on torch's meta device, for --dry_run."""
     import open_clip
     name, _, clip = teacher_config(config.teacher)
-    size, N = teacher_size(config.teacher, config.grid), config.grid**2
+    size = teacher_size(config.teacher, config.grid)
+    logging.disable()  # that the weights are random
     with torch.device("meta"):
         model = build(config, clip["embed_dim"])
         teacher = open_clip.create_model(name, device="meta", force_image_size=size).visual
-        targets = torch.empty(1, 1 + N, clip["embed_dim"])
+        targets = torch.empty(1, 1 + config.num_patches, clip["embed_dim"])
         images, teacher_images = (torch.empty(1, 3, S, S) for S in (config.img_size, size))
-    mask = common.random_masks(1, N, config.num_masked)
-    return (model, (images, mask, targets, config.supervise),
-            lambda: clip_targets(teacher, teacher_images))
+    logging.disable(logging.NOTSET)
+    inputs = images, common.random_masks(1, config.num_patches, config.num_masked), targets
+    return model, (*inputs, config.supervise), lambda: clip_targets(teacher, teacher_images)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,8 +477,9 @@ def example(config):
 def cosine_distance(pred, target):
     """1 - cosine of pred and target, both (B, T, C), as (B, T), in fp32 (float64 stays). Δ
 
-    The loss is its flat mean over class, visible and masked tokens [code]: with M of N patches
-    hidden, the masked ones weigh M / (1+N), 15 % for ViT-Ti. It is no sum of two means.
+    Only the direction counts: how long CLIP's vectors are differs from token to token and means
+    little. The loss is the flat mean over class, visible and masked tokens [code]: with M of N
+    patches hidden, the masked ones weigh M / (1+N), 15 % for ViT-Ti. It is no sum of two means.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
     return 1 - F.cosine_similarity(pred.to(dtype), target.to(dtype), dim=-1)
@@ -508,33 +491,26 @@ def cosine_distance(pred, target):
 
 @torch.no_grad()
 def preview(path, config, model, teacher, batch, device):
-    """Draws a batch of `Augment` as rows: image | visible patches | cosine of pred and target per
-    patch | similarity of the teacher's patches to one of them."""
+    """Draws a batch of `Augment` as rows: image | visible patches | cosine of pred and target at
+    each patch, seen or hidden."""
     model.eval()
     student, teacher_images, mask = inputs(batch, teacher, device)
     targets = clip_targets(teacher, teacher_images)[:, 1:]  # (B, N, C)
     ids = dict(zip(("visible", "masked"), common.mask_to_ids(mask, device)))
     pred = model.predict(student, *ids.values(), config.supervise)
-    pred.pop("cls", None)
-    (h, w), rows = model.encoder.grid, []
-    centre = h // 2 * w + w // 2
+    cosines = torch.full(mask.shape, torch.nan, device=device)  # where nothing is supervised: grey
+    for name in pred.keys() & ids.keys():
+        target = common.gather(targets, ids[name])
+        cosines.scatter_(1, ids[name], 1 - cosine_distance(pred[name], target))
+    rows, h = [], model.encoder.grid[0]
     for i, image in enumerate(batch[0].to(device).float() / 255):
-        hidden = F.interpolate(rearrange(mask[i].to(device).float(), "(h w) -> 1 1 h w", h=h),
-                               size=image.shape[1:])[0]  # (1, S, S)
-        agreement = torch.full((3, h * w), 0.5, device=device)
-        for name, tokens in pred.items():
-            cosines = 1 - cosine_distance(tokens[i], targets[i, ids[name][i]])  # (V,) or (M,)
-            agreement[:, ids[name][i]] = common.colour_map(cosines[None].nan_to_num())[:, 0]
-        similar = F.cosine_similarity(targets[i], targets[i, centre], dim=-1)  # (N,)
-        similar = (similar - similar.min()) / (similar.max() - similar.min()).clamp(min=1e-6)
-        similar = common.colour_map(similar[None])[:, 0]  # (3, N)
-        similar[:, centre] = torch.tensor([1.0, 0.2, 0.2], device=device)
-        maps = [rearrange(tokens, "c (h w) -> c h w", h=h) for tokens in (agreement, similar)]
-        rows.append([image, torch.where(hidden > 0, 0.5, image), *maps])
-    common.save_panels(
-        path, rows, ["image", "visible patches", "pred vs teacher", "teacher: one patch"],
-        "3rd: cosine, dark 0 to yellow 1, grey if not supervised.  4th: similarity to the red patch, "
-        "per image.")
+        hidden, agreement = (rearrange(x[i].to(device).float(), "(h w) -> h w", h=h)
+                             for x in (mask, cosines))
+        hidden = F.interpolate(hidden[None, None], size=image.shape[1:])[0]  # (1, S, S)
+        colours = common.colour_map(agreement.nan_to_num()).where(~agreement.isnan(), 0.5)
+        rows.append([image, image.where(hidden == 0, 0.5), colours])
+    common.save_panels(path, rows, ["image", "visible patches", "pred vs teacher"],
+                       "3rd: cosine, dark 0 to yellow 1; grey: not supervised.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -544,7 +520,7 @@ def preview(path, config, model, teacher, batch, device):
 def train(config, run, dist):
     """Pre-training from start to end: lr, target, forward, backward, step, log, save."""
     device = dist.device
-    images = common.find_data(config.data, "pretrain", config.scene_size)
+    images = common.find_data(config.data, "pretrain", config.img_size)
     for turn in (True, False):  # the main process fetches weights, the others then find them
         if dist.is_main == turn:
             teacher = load_teacher(config.teacher, teacher_size(config.teacher, config.grid))
@@ -557,18 +533,10 @@ def train(config, run, dist):
     if config.preview:
         batch = common.preview_batch(samples)
         return preview(config.preview, config, model, teacher, batch, device)
-    common.compile_blocks(config, device, model.encoder.blocks, model.regressor,
-                          teacher.transformer.resblocks)
+    common.compile_blocks(config, device, model, teacher)
     groups = common.parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
-                            dist.world)
-    if dist.is_main:
-        data = f"{len(images):,} images in {images.name}"
-        common.describe(config.facts, config, model, plan, dist, data, run.folder)
-    run.begin(dist, plan, samples, model, optimizer)
-    parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True)
+    plan, parallel = run.prepare(dist, samples, model, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
     model.train()
@@ -597,8 +565,8 @@ def train(config, run, dist):
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # time to save
             run.save(model, optimizer, step + 1, model.encoder)
-            picture = run.folder / "preview.png"
-            preview(picture, config, model, teacher, common.preview_batch(samples), device)
+            batch = common.preview_batch(samples)
+            preview(run.folder / "preview.png", config, model, teacher, batch, device)
             model.train()
 
 

@@ -269,8 +269,8 @@ def sincos_2d(dim, grid, first="column"):
         raise ValueError(f"first is 'column' or 'row', not {first!r}")
     omega = 10000.0 ** (-torch.arange(dim // 4, device="cpu") / (dim / 4))  # (dim/4,)
     row, column = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in pair(grid))).T
-    x, y = (place[:, None] * omega  # (N, dim/4)
-            for place in ((column, row) if first == "column" else (row, column)))
+    places = (column, row) if first == "column" else (row, column)
+    x, y = (place[:, None] * omega for place in places)  # (N, dim/4), (N, dim/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (N, dim)
 
 
@@ -368,9 +368,9 @@ def read_image(path):
 def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
-    SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a folder
-    of images, flat or nested: of ImageNet's layout train/, and val/, validation/ or test/ (what has
-    labels there is eval/data.py's business). Empty: $IMAGENET or data/imagenet.
+    SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
+    folder of images, flat or nested: of ImageNet's layout train/, and val/, validation/ or test/
+    (labels of folders are eval/data.py's business). Empty: $IMAGENET or data/imagenet.
     Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
     """
     if spec == "scenes":
@@ -602,9 +602,11 @@ def decays(name, parameter):
 
 def parameter_groups(model, weight_decay, decays=decays):
     """AdamW groups of the trainable parameters: those that decay, and the rest."""
-    trained = [item for item in model.named_parameters() if item[1].requires_grad]
-    groups = [[p for name, p in trained if decays(name, p) == wanted] for wanted in (True, False)]
-    return [dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)]
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decay if decays(name, parameter) else rest).append(parameter)
+    return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
 
 def uses_bf16(device, precision):
@@ -617,12 +619,14 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
-def compile_blocks(config, device, *stacks):
-    """torch.compile per block, in place: state-dict keys stay clean, equal blocks share a program.
-    Stochastic depth makes them unequal, by its rate; beyond its limit of programs, which is 8 and
-    has no public name, torch would leave further blocks as they are, with no more than a warning."""
+def compile_blocks(config, device, *models):
+    """torch.compile per transformer block, which is told by its `mlp`: in place, so that state-dict
+    keys stay clean, and equal blocks share a program. Stochastic depth makes them unequal, by its
+    rate; beyond its limit of programs, which is 8 and has no public name, torch would leave further
+    blocks as they are, with no more than a warning."""
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        blocks, limits = [block for stack in stacks for block in stack], torch._dynamo.config
+        blocks = [part for model in models for part in model.modules() if hasattr(part, "mlp")]
+        limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
         for block in blocks:
             block.compile()
@@ -756,6 +760,19 @@ class Run:
             load_init(model, self.config.init)
         return model
 
+    def prepare(self, dist, samples, model, optimizer):
+        """What pre-training does before its first step: plans the batches, prints the recipe,
+        begins. Gives the plan and the model, of several processes within DistributedDataParallel."""
+        config, images = self.config, samples.images
+        plan = make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
+                         dist.world)
+        describe(config.facts, config, model, plan, dist,
+                 f"{len(images):,} images in {images.name}", self.folder)
+        self.begin(dist, plan, samples, model, optimizer)
+        if dist.world > 1:
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return plan, model
+
     def begin(self, dist, plan, samples, model, optimizer, collate=None):
         """Restores an interrupted run, writes config.json, starts the loader. Log lines after the
         checkpoint are dropped, and one that a killed process left half-written."""
@@ -865,7 +882,7 @@ class Run:
             finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
             with open(self.folder / "log.jsonl", "a") as file:  # JSON knows no NaN
                 file.write(json.dumps(finite) + "\n")
-            words = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
+            words = "  ".join(f"{name} {value:.4g}" for name, value in list(line.items())[1:])
             tqdm.write(f"step {step}/{self.plan.total_steps}  {words}")
 
     def save(self, model, optimizer, step, export=None, **more):
@@ -897,7 +914,8 @@ def num_workers(config):
     if config.workers >= 0:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 0 if config.data == "scenes" else min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if config.data == "scenes" else min(share, 16)
 
 
 # ---- 9  pictures ---------------------------------------------------------------------------------
@@ -949,8 +967,8 @@ class MachineConfig:
             value, positive = getattr(self, field.name), field.metadata["positive"]
             if isinstance(value, (int, float)) and value != field.default \
                     and not (0 <= value < 2**63 and (value or not positive)):
-                raise ValueError(f"--{field.name} {value:g} must be {'above' if positive else 'at least'}"
-                                 " 0, and finite")
+                least = "above 0" if positive else "at least 0"
+                raise ValueError(f"--{field.name} {value:g} must be {least}, and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -980,8 +998,8 @@ class RunConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} must be shorter than the run of "
-                             f"{self.epochs} epochs (fractions such as 0.5 are fine)")
+            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} must be shorter than the run "
+                             f"of {self.epochs} epochs (fractions such as 0.5 are fine)")
         if self.img_size % self.patch_size:
             raise ValueError(f"--img_size {self.img_size} is not a multiple of --patch_size "
                              f"{self.patch_size}")
@@ -994,11 +1012,6 @@ class RunConfig(TrainConfig):
     def run_name(self):
         """How the default --out ends."""
         return "demo" if self.demo else self.model
-
-    @property
-    def scene_size(self):
-        """Pixels of the built-in images' side."""
-        return self.img_size
 
 
 def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=None):
@@ -1080,10 +1093,11 @@ def dry_run(config, folder, model, inputs, *frozen):
     memory = 16 * sum(p.numel() for p in model.parameters()) + plan.micro_batch * sum(
         tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
     hours = (flops + others) * plan.batch_size * plan.total_steps / dist.world / 0.4 / 3600
-    print(f"cost     {(flops + others) / 1e9:.1f} GFLOP per image and step, {others / 1e9:.1f} of "
-          f"them in a frozen teacher\nmemory   roughly {memory / 2**30:.1f} GiB per process in bf16\n"
-          f"hours    {', '.join(f'{gpu} {hours / peak:.1f}' for gpu, peak in PEAK_FLOPS.items())}: an "
-          f"estimate for {dist.world} such GPUs at 40 % of their dense bf16 peak\n"
+    teacher = f", {others / 1e9:.1f} of them in the teacher" if frozen else ""
+    each = ", ".join(f"{gpu} {hours / peak:.1f}" for gpu, peak in PEAK_FLOPS.items())
+    print(f"cost     {(flops + others) / 1e9:.1f} GFLOP per image and step{teacher}\n"
+          f"memory   roughly {memory / 2**30:.1f} GiB per process in bf16\n"
+          f"hours    {each}: an estimate, {dist.world} such GPUs at 40 % of their dense bf16 peak\n"
           f"recipe   {json.dumps(vars(config))}")
 
 
@@ -1116,8 +1130,8 @@ def run_main(main):
     except (RuntimeError, MemoryError) as error:
         if not re.search("MemoryError|out of memory|allocate memory|enough memory", repr(error)):
             raise
-        message = ("out of memory: run the same command with half the --micro_batch; the global batch "
-                   "stays the same, and the run goes on from its last checkpoint")
+        message = ("out of memory: run the same command with half the --micro_batch; the global "
+                   "batch stays the same, and the run goes on from its last checkpoint")
     time.sleep(3 * (rank > 0))
     print(f"error: {message}" + (f" [process {rank}]" if rank else ""), file=sys.stderr, flush=True)
     # Of several processes one that fails must end at once: to clean up is to wait for the others.

@@ -46,8 +46,7 @@ differ (those that all methods share: top of common.py):
   [D1] Only depth 12 has a released set, 0,2,4,6,8,11. Other depths keep its spacing: five blocks a
        sixth of the depth apart, then the last. 24: 0,4,8,12,16,23.
   [D2] Resizing is bilinear, as released; the author's fork has bicubic there.
-  [D3] New models have MAE's position tables, column first; mmpretrain's are row first, the same
-       thing until weights are exchanged. A checkpoint brings its own.
+  [D3] New models have MAE's position tables, column first; mmpretrain's are row first.
   [D4] Weight decay by the released rule, with or without fusion: the fusion's logits decay, the
        class and mask tokens do not (in facebookresearch/mae they do).
   [D5] Warm-up starts at 1e-4 of the peak, as in the released 300 epochs (800 epochs: 1e-9, MAE: 0).
@@ -419,21 +418,15 @@ def preview(path, config, model, batch, device):
 def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = dist.device
-    images = common.find_data(config.data, "pretrain", config.scene_size)
+    images = common.find_data(config.data, "pretrain", config.img_size)
     samples = common.Samples(images, Augment(config), config.seed)
     model = run.load(build(config)).to(device)
     if config.preview:
         return preview(config.preview, config, model, common.preview_batch(samples), device)
-    common.compile_blocks(config, device, model.encoder.blocks, model.decoder_blocks)
+    common.compile_blocks(config, device, model)
     groups = common.parameter_groups(model, config.weight_decay, decays)
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
-    plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
-                            dist.world)
-    common.describe(config.facts, config, model, plan, dist,
-                    f"{len(images):,} images in {images.name}", run.folder)
-    run.begin(dist, plan, samples, model, optimizer)
-    parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True)
+    plan, parallel = run.prepare(dist, samples, model, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
     model.train()

@@ -1,38 +1,36 @@
 """Detection and instance masks: Mask R-CNN on any encoder, fine-tuned whole, measured as COCO AP.
 
     python -m eval.detect --checkpoint runs/cae_v2_vit_b --data COCO
-    torchrun --nproc_per_node=8 -m eval.detect --checkpoint mae_pretrain_vit_base.pth --data COCO
     python -m eval.detect --checkpoint runs/detect --eval_only --data COCO
     python -m demo.scenes runs/coco_scenes;  python -m eval.detect --demo --checkpoint runs/cae_v2_demo
 
-The same command again resumes; the run's folder is runs/detect. COCO is a folder with the annotations/
-instances_{train,val}*.json and the images in train*/ and val*/. `--random_init` is the baseline: random
-weights in the same encoder, trained alike. Needs pycocotools (extra `det`).
+The same command resumes; the run's folder is runs/detect. Needs pycocotools (our extra `det`). COCO is a
+folder with annotations/instances_{train,val}*.json and the images in train*/ and val*/.
 
     image (B, 3, S, S) -- ViT, in most blocks attention within windows -- (B, D, S/P, S/P)
       -- simple feature pyramid: strides P/4, P/2, P, 2P, 4P, each of C channels
       -- RPN: proposals -- box head: class and box -- mask head: 28 x 28 pixels -- five losses, summed
 
-Sources: [F] ViTDet-B as an author of the MFM line of papers ran it; [code] the heads of CAE's detector. CAE's
-numbers are of another framework (FPN on four blocks, several image sizes, 12 epochs): do not compare across
-the two. [F] does not say what is inside a ViTDet; where it is silent, we decided:
-  [D1] Pyramid: the last map alone, made finer by transposed convolutions and coarser by pooling, then a 1 x 1
-       and a 3 x 3 convolution with LayerNorm over channels. Heads are torchvision's, with the sizes of [code]
-       and LayerNorm, and an RPN of 2 convolutions. Anchors are 8 strides wide.
+Sources: [F] ViTDet-B as an author of the MFM line of papers ran it; [code] the heads of CAE's detector. Its
+numbers are those of another framework (FPN on four blocks, 12 epochs): do not compare across the two. [F]
+does not say what is inside a ViTDet; where it is silent, we decided:
+  [D1] Pyramid: the last map alone, made finer by transposed convolutions and coarser by pooling, then a
+       1 x 1 and a 3 x 3 convolution with LayerNorm over channels. Heads are torchvision's, with the sizes
+       of [code] and LayerNorm, and an RPN of 2 convolutions. Anchors are 8 strides wide.
   [D2] Windows tile the grid, so nothing is padded or masked: 16 x 16 patches in COCO's grid of 64 x 64.
   [D3] The class token is dropped; the position table is resized (bicubic) and fixed; the final norm stays.
   [D4] Warm-up of 0.14 epochs (about 250 steps), gradient norm clipped at 1.
-  [D5] Jitter: 0.1 to 2 times the size that fits, then a random square of it, with padding in the mean colour;
-       flip. An object that is cut gets the box of the mask that is left. In tests the long side is S, padded
-       below and to the right. Crowds are no targets; training leaves out images without objects.
-  [D6] bf16 in encoder and pyramid alone: torchvision codes boxes in the type of the features, and bf16 cannot
-       tell pixel 1001 from pixel 1003.
-  [D7] Which anchors and proposals count is drawn from (seed, step, first row of the micro batch), so a stop
-       changes nothing (on a GPU up to the order of sums in RoIAlign's gradient). torchvision's mask loss is
-       a mean over the objects of a micro batch: another --micro_batch is another, equally good, run.
+  [D5] Jitter: 0.1 to 2 times the size that fits, then a random square of it, padded in the mean colour, and
+       flip. An object that is cut gets the box of the mask that is left. A test pads below and to the right
+       to a square whose side is the long one's. Crowds are no targets; training needs images with objects.
+  [D6] bf16 in encoder and pyramid alone: torchvision codes boxes in the type of the features, and bf16
+       cannot tell pixel 1001 from pixel 1003.
+  [D7] Which anchors and proposals count is drawn by the seed of the micro batch, so a stop changes nothing.
+       (A GPU adds up RoIAlign's gradient in no fixed order.) torchvision's mask loss is a mean over the
+       objects of a micro batch: another --micro_batch is another, equally good, run.
 
-Dimension key: B batch, S side of the square input, P patch side, N patches, D width, C pyramid channels,
-h x w an image as it is (in the model: a map), n objects.
+Dimension key: B batch, S side of the input, P patch side, N patches, D width, C pyramid channels,
+n objects, h x w an image as it is (in the model: a map).
 """
 
 import contextlib
@@ -58,7 +56,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import MultiScaleRoIAlign, box_convert, masks_to_boxes
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -70,10 +68,10 @@ from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, check_classes
                            open_checkpoint, open_run, random_encoder, set_drop_path, share_loader)
 
 BICUBIC, NEAREST = TF.InterpolationMode.BICUBIC, TF.InterpolationMode.NEAREST
-
 # For the small images that demo/scenes.py writes.
-DEMO = dict(data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32, workers=0,
-            batch_size=8, epochs=5, lr=1e-3, warmup_epochs=0.5, drop_path=0.0, scale_min=0.8, scale_max=1.25)
+DEMO = dict(data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32,
+            batch_size=8, epochs=5, lr=1e-3, warmup_epochs=0.5, drop_path=0.0, scale_min=0.8,
+            scale_max=1.25, workers=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +80,7 @@ class Config(EvalConfig, common.TrainConfig):
 
     data: str = flag("data/coco", "folder in COCO's layout")
     random_init: bool = flag(False, "random weights in the same encoder: the baseline")
-    eval_only: bool = flag(False, "measure the detector in --checkpoint, a run of this script, whose recipe is "
-                                  "kept: only flags of data and machine count")
+    eval_only: bool = flag(False, "measure the detector of the run --checkpoint, under its own recipe")
     demo: bool = flag(False, "a small recipe for the 64-pixel images of demo/scenes.py")
     dry_run: bool = flag(False, "print the recipe and its cost")
     epochs: int = flag(100, "passes over the data [F]", positive=True)
@@ -98,60 +95,21 @@ class Config(EvalConfig, common.TrainConfig):
     scale_min: float = flag(0.1, "smallest scale of the jitter [D5]", positive=True)
     scale_max: float = flag(2.0, "largest scale of the jitter [D5]", positive=True)
     window: int = flag(16, "patches on the side of an attention window [D2]", positive=True)
-    global_blocks: int = flag(4, "evenly spaced blocks whose attention sees all patches [D1]", positive=True)
+    global_blocks: int = flag(4, "evenly spaced blocks that attend to all patches [D1]", positive=True)
     channels: int = flag(256, "channels of pyramid and heads [D1]", positive=True)
-    rois: int = flag(512, "proposals per image that the box head learns from; of the RPN's, 4 times as many "
-                          "survive in training, twice in tests [D1]", positive=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.scale_min > self.scale_max or self.drop_path >= 1:
-            raise ValueError("--scale_min is at most --scale_max, and --drop_path below 1")
+    rois: int = flag(512, "the box head's proposals per image, a quarter of the RPN's [D1]", positive=True)
 
 
 def coco_tools():
-    """pycocotools' (COCO, COCOeval, mask functions), which nothing else needs. Raises ValueError without it."""
+    """(COCO, COCOeval, mask functions) of pycocotools; imported here, as nothing else needs them."""
     try:
         from pycocotools import coco, cocoeval, mask
     except ImportError as error:
-        raise ValueError("detection needs pycocotools: pip install pycocotools (our extra `det`)") from error
+        raise ValueError("detection needs pycocotools: pip install pycocotools") from error
     return coco.COCO, cocoeval.COCOeval, mask
 
 
 # ---- data ------------------------------------------------------------------------------------------------
-
-
-def coco_files(root, split):
-    """(annotation file, image folder) of "train" or "val". Raises FileNotFoundError for another layout."""
-    found = sorted(Path(root).expanduser().glob(f"annotations/instances_{split}*.json"))
-    if len(found) != 1:
-        raise FileNotFoundError(f"{root} has {len(found)} files annotations/instances_{split}*.json, not one: "
-                                "give a folder of COCO's layout with --data FOLDER")
-    folder = found[0].parents[1] / found[0].stem.removeprefix("instances_")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the images of {found[0]} are expected in {folder}/, which is not there")
-    return found[0], folder
-
-
-def read_annotations(path):
-    """A COCO annotation file as a dict, checked. Raises ValueError that names the file and the entry.
-
-    Annotations are numbered anew from 1, because COCOeval takes the number 0 for "not found".
-    """
-    try:
-        content = json.loads(path.read_bytes())
-        images = {(one["id"], one["file_name"], one["height"], one["width"])[0] for one in content["images"]}
-        categories = {one["id"]: one["name"] for one in content["categories"]}
-        for number, one in enumerate(content["annotations"], start=1):
-            box = one["bbox"]
-            if (one["image_id"] not in images or one["category_id"] not in categories or len(box) != 4
-                    or not np.isfinite(box).all() or min(box[2:]) < 0 or not one["segmentation"]):
-                raise ValueError(f"annotation {one.get('id', number)} needs an image and a category of this file, "
-                                 f"a bbox (x, y, width, height) and a segmentation: {str(one)[:200]}")
-            one.update(id=number, iscrowd=one.get("iscrowd", 0), area=one.get("area", box[2] * box[3]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be used as COCO annotations: {type(error).__name__} {error}") from error
-    return content
 
 
 def decode_mask(code, height, width):
@@ -163,34 +121,49 @@ def decode_mask(code, height, width):
 
 
 class CocoImages(torch.utils.data.Dataset):
-    """One split of a COCO set: `[index]` is (image (3, h, w) uint8, target).
+    """The split "train" or "val" of a COCO set: `[index]` is (image (3, h, w) uint8, target).
 
     target: image_id, boxes (n, 4) float32 as x0 y0 x1 y1 in pixels, labels (n,) int64 from 1 (0 is the
-    background) in the order of the category ids, masks (n, h, w) uint8. Records are bytes in one tensor: each
-    worker would copy Python objects. Raises ValueError or FileNotFoundError, also for the first image.
-    """
+    background) in the order of the category ids, masks (n, h, w) uint8. Raises ValueError or
+    FileNotFoundError that names the file and the entry, also for the first image."""
 
     def __init__(self, root, split):
-        path, self.folder = coco_files(root, split)
-        self.name, content = str(path), read_annotations(path)
+        found = sorted(Path(root).expanduser().glob(f"annotations/instances_{split}*.json"))
+        if len(found) != 1:
+            raise FileNotFoundError(f"{root}: {len(found)} files annotations/instances_{split}*.json")
+        path = found[0]
+        self.name, self.folder = str(path), path.parents[1] / path.stem.removeprefix("instances_")
+        try:
+            self.index(json.loads(path.read_bytes()), split)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be used as COCO annotations: {error!r}") from error
+        self[0]  # raises now, where the images are not there
+
+    def index(self, content, split):
+        """Checks the content of an annotation file and makes a record per image."""
         names = {category["id"]: category["name"] for category in content["categories"]}
         self.category_ids = sorted(names)
         self.classes = tuple(names[category_id] for category_id in self.category_ids)
-        labels = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
         objects = {image["id"]: [] for image in content["images"]}
-        for one in content["annotations"]:
+        for number, one in enumerate(content["annotations"], start=1):
+            box = one["bbox"]
+            if not (one["image_id"] in objects and one["category_id"] in names and one["segmentation"]
+                    and len(box) == 4 and np.isfinite(box).all() and min(box[2:]) >= 0):
+                raise ValueError(f"annotation {one.get('id', number)} is no object: {str(one)[:200]}")
+            # COCOeval takes the number 0 for "not found".
+            one.update(id=number, iscrowd=one.get("iscrowd", 0), area=one.get("area", box[2] * box[3]))
             if not one["iscrowd"]:
-                item = one["bbox"], labels[one["category_id"]], one["segmentation"]
-                objects[one["image_id"]].append(item)
+                label = 1 + self.category_ids.index(one["category_id"])
+                objects[one["image_id"]].append((box, label, one["segmentation"]))
         if not any(objects.values()):
-            raise ValueError(f"{path} lists no object")
-        records = [json.dumps([*(image[key] for key in ("id", "file_name", "height", "width")),
+            raise ValueError("there is no object in it")
+        # Bytes in one tensor: each worker would copy Python objects.
+        records = [json.dumps([image["id"], image["file_name"], image["height"], image["width"],
                                objects[image["id"]]]).encode()
                    for image in content["images"] if split == "val" or objects[image["id"]]]
         self.records = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
         self.ends = torch.tensor([0] + [len(record) for record in records]).cumsum(0)
         self.truth = content if split == "val" else None
-        self[0]  # raises now for images that are not there
 
     def __len__(self):
         return len(self.ends) - 1
@@ -204,11 +177,10 @@ class CocoImages(torch.utils.data.Dataset):
         except Exception as error:  # whatever C and numpy raise
             raise ValueError(f"a mask of {file_name} in {self.name} cannot be decoded: {error}") from error
         if {image.shape[1:], *(mask.shape for mask in masks)} != {(height, width)}:
-            raise ValueError(f"{self.folder / file_name} or one of its masks has not the {height} x {width} "
-                             f"pixels that {self.name} states")
-        boxes = torch.tensor([box for box, _, _ in objects]).float().reshape(-1, 4)
+            raise ValueError(f"{self.folder / file_name} or a mask of it is not {height} x {width} pixels")
+        boxes = torch.tensor([box for box, _, _ in objects]).float().reshape(-1, 4)  # (n, 4)
         return image, dict(
-            image_id=image_id, boxes=torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
+            image_id=image_id, boxes=box_convert(boxes, "xywh", "xyxy"),
             labels=torch.tensor([label for _, label, _ in objects], dtype=torch.int64),
             masks=torch.from_numpy(np.array(masks, dtype=np.uint8).reshape(-1, height, width)))
 
@@ -232,21 +204,15 @@ def jitter(config, image, target):
     return image, dict(size=size, boxes=boxes, labels=labels, masks=masks)
 
 
-class Whole(torch.utils.data.Dataset):
-    """Images `indices` of a `CocoImages` as they are tested: the long side is S, padded to a square [D5]."""
-
-    def __init__(self, images, indices, size):
-        self.images, self.indices, self.size = images, indices, size
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, place):
-        image, target = self.images[self.indices[place]]
-        original, S = tuple(image.shape[1:]), self.size
+def whole(S, samples):
+    """Samples of `CocoImages` as a batch to test: the long side is S, padded to a square [D5]."""
+    batch = []
+    for image, target in samples:
+        original = tuple(image.shape[1:])
         h, w = (max(1, round(side * S / max(original))) for side in original)
         image = TF.pad(TF.resize(image, [h, w], BICUBIC), [0, 0, S - w, S - h], MEAN_COLOUR)  # (3, S, S)
-        return image, dict(image_id=target["image_id"], size=(h, w), original=original)
+        batch.append((image, dict(image_id=target["image_id"], size=(h, w), original=original)))
+    return collate(batch)
 
 
 def collate(samples):
@@ -255,22 +221,12 @@ def collate(samples):
     return torch.stack(images), list(targets)
 
 
-def to_device(batch, device):
-    """A collated batch with normalised images and the tensors of its targets on the device."""
-    images, targets = batch
-    moved = [{name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-              for name, value in target.items()} for target in targets]
-    return common.normalise(images.to(device, non_blocking=True)), moved
-
-
 # ---- model -----------------------------------------------------------------------------------------------
 
 
 def windowed(block, x, grid, window):
-    """A ViT block on the tokens x (B, N, D) of a `grid` whose attention stays in windows of window^2 patches.
-
-    Drop path, applied outside the windows, still drops whole samples. A single window is the block itself.
-    """
+    """A ViT block on the tokens x (B, N, D) of a `grid` with attention inside windows of window^2 patches.
+    Drop path, applied outside the windows, still drops whole samples. One window is the block itself."""
     h, w = (side // window for side in grid)
     tiles = rearrange(block.norm1(x), "b (h p w q) d -> (b h w) (p q) d", h=h, w=w, p=window, q=window)
     seen = rearrange(block.attn(tiles), "(b h w) (p q) d -> b (h p w q) d", h=h, w=w, p=window)  # (B, N, D)
@@ -279,8 +235,8 @@ def windowed(block, x, grid, window):
 
 
 class Pyramid(nn.Module):
-    """Simple feature pyramid [D1]: a map (B, D, h, w) to five of C channels, from (B, C, 4h, 4w) by halves to
-    (B, C, h/4, w/4), under torchvision's names 0, 1, 2, 3, pool."""
+    """Simple feature pyramid [D1]: a map (B, D, h, w) to five of C channels, from (B, C, 4h, 4w) by halves
+    to (B, C, h/4, w/4), under torchvision's names 0, 1, 2, 3, pool."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -303,19 +259,18 @@ class Pyramid(nn.Module):
 
 
 class ViTDet(nn.Module):
-    """Images (B, 3, S, S) to the maps of `Pyramid`. Raises ValueError for a grid that windows do not tile."""
+    """Images (B, 3, S, S) to the maps of `Pyramid`. Raises ValueError for a grid that it cannot work on."""
 
     def __init__(self, vit, channels, window, global_blocks):
         super().__init__()
         (side, width), (P, Q), depth = vit.grid, vit.patch_size, len(vit.blocks)
-        if (side, P) != (width, Q) or P % 4 or side % 4:
-            raise ValueError(f"the pyramid needs square patches of 4, 8, 12 ... pixels and --img_size a "
-                             f"multiple of 4 patches, not {vit.img_size[0]} and patches of {P} x {Q}")
-        if side > window and side % window:
-            raise ValueError(f"--window {window} does not tile a grid of {side} x {side} patches")
+        if (side, P) != (width, Q) or P % 4 or side % 4 or side % min(window, side):
+            raise ValueError("patches must be squares of 4, 8, 12 ... pixels, in a square grid that 4 and "
+                             f"--window {window} divide; they are {P} x {Q}, and the grid {side} x {width}")
         last = {round((number + 1) * depth / global_blocks) - 1 for number in range(global_blocks)}
         self.windows = [side if index in last else min(window, side) for index in range(depth)]
-        self.vit, self.pyramid, self.out_channels = vit, Pyramid(vit.config["embed_dim"], channels), channels
+        self.vit, self.pyramid = vit, Pyramid(vit.config["embed_dim"], channels)
+        self.out_channels = channels  # torchvision asks for it
         if vit.cls_token is not None:
             vit.cls_token.requires_grad_(False)  # it leads nowhere [D3]
 
@@ -328,11 +283,8 @@ class ViTDet(nn.Module):
 
 
 def roi_align(output_size, patch):
-    """RoIAlign on the pyramid's first four maps: a box of 14 x 14 patches reads the map of stride P.
-
-    For P = 16 that is torchvision's own rule. The strides are stated, as it would guess them from the size of
-    the images before padding, and only powers of two.
-    """
+    """RoIAlign on the pyramid's first four maps: a box of 14 x 14 patches reads the map of stride P, for
+    P = 16 torchvision's own rule. It would guess the strides from the size of the images before padding."""
     pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size, sampling_ratio=2)
     pool.scales = [4 / patch, 2 / patch, 1 / patch, 0.5 / patch]
     pool.map_levels = LevelMapper(0, 3, canonical_scale=14 * patch, canonical_level=2)
@@ -361,8 +313,8 @@ class Detector(MaskRCNN):
         return self.backbone.vit
 
     def forward(self, images, targets):
-        """Normalised images (B, 3, S, S) and their targets to losses by name (in training), otherwise a list
-        of boxes (n, 4), labels, scores (n,), masks (n, 1, h, w) in 0..1, in pixels of the original images."""
+        """Normalised images (B, 3, S, S) and targets to losses by name in training; in tests to boxes
+        (n, 4), labels, scores (n,), masks (n, 1, h, w) in 0..1, in pixels of each original image."""
         features, sizes = self.backbone(images), [target["size"] for target in targets]
         known = targets if self.training else None
         with torch.autocast(images.device.type, enabled=False):  # [D6]
@@ -381,11 +333,10 @@ class Detector(MaskRCNN):
 def detect(model, images, indices, config, dist):
     """Yields (target, what was detected, on the CPU) for this process's share of the images `indices`."""
     model.eval()
-    whole = Whole(images, indices, config.img_size)
-    for batch in share_loader(whole, config.micro_batch or 8, config, dist, collate):
-        inputs, targets = to_device(batch, dist.device)
+    chosen, view = torch.utils.data.Subset(images, indices), functools.partial(whole, config.img_size)
+    for inputs, targets in share_loader(chosen, config.micro_batch or 8, config, dist, view):
         with common.autocast(dist.device, config.precision):
-            detections = model(inputs, targets)
+            detections = model(common.normalise(inputs.to(dist.device)), targets)
         for target, found in zip(targets, detections):
             yield target, {name: value.cpu() for name, value in found.items()}
 
@@ -394,10 +345,10 @@ def coco_results(target, found, category_ids):
     """What was detected in one image as COCO's list of results."""
     pixels = rearrange(found["masks"] > 0.5, "n 1 h w -> h w n").byte().numpy()
     codes = coco_tools()[2].encode(np.asfortranarray(pixels))
-    boxes = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], dim=1)  # (n, 4)
+    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
     return [dict(image_id=target["image_id"], category_id=category_ids[label - 1], bbox=box, score=score,
                  segmentation=code) for label, box, score, code
-            in zip(found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), codes)]
+            in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), codes)]
 
 
 def coco_ap(truth, results):
@@ -432,7 +383,7 @@ def evaluate(model, images, config, dist):
 
 
 def draw(path, model, images, config, device, count=6):
-    """Draws a few images from all over the set: the truth above, detections of score 0.25 and more below."""
+    """Draws images from all over the set: the truth above, detections of score 0.25 and more below."""
     chosen = range(0, len(images), max(1, len(images) // count))[:count]
     config, alone = dataclasses.replace(config, workers=0), common.Dist(0, 1, device)
     above, below = [], []
@@ -441,7 +392,7 @@ def draw(path, model, images, config, device, count=6):
         sure = {name: value[found["scores"] >= 0.25] for name, value in found.items()}
         above.append(panel(image, truth, truth["masks"] > 0, images.classes))
         below.append(panel(image, sure, sure["masks"][:, 0] > 0.5, images.classes))
-    common.save_panels(path, [above, below], [""] * len(chosen), "above: truth, below: detections", side=256)
+    common.save_panels(path, [above, below], [""] * len(chosen), "truth above, detections below", 256)
 
 
 def panel(image, objects, masks, classes, side=256):
@@ -450,14 +401,10 @@ def panel(image, objects, masks, classes, side=256):
     size = [max(1, round(length * scale)) for length in image.shape[1:]]
     canvas, labels = TF.resize(image, size, NEAREST if scale > 1 else BICUBIC), objects["labels"].tolist()
     if labels:
-        shades = common.colour_map(torch.tensor(labels)[None] / len(classes))[:, 0].T  # (n, 3)
-        colours = [tuple(shade) for shade in (255 * shades).int().tolist()]
+        colours = [f"hsv({137.5 * label % 360}, 80%, 100%)" for label in labels]
         words = [classes[label - 1] for label in labels]
-        if "scores" in objects:
-            words = [f"{word} {score:.2f}" for word, score in zip(words, objects["scores"].tolist())]
-        canvas = draw_segmentation_masks(canvas, TF.resize(masks, size, NEAREST), alpha=0.4, colors=colours)
-        canvas = draw_bounding_boxes(canvas, objects["boxes"] * scale, words, colours, width=2,
-                                     label_colors="white", fill_labels=True)
+        canvas = draw_segmentation_masks(canvas, TF.resize(masks, size, NEAREST), 0.4, colours)
+        canvas = draw_bounding_boxes(canvas, objects["boxes"] * scale, words, colours, width=2)
     return TF.pad(canvas, [0, 0, side - size[1], side - size[0]], 255) / 255
 
 
@@ -466,19 +413,18 @@ def report(config, model, val, dist, path, started, step, **facts):
     ap = evaluate(model, val, config, dist)
     if dist.is_main:
         append_result("detect", path, model.encoder, config, started, protocol="Mask R-CNN, ViTDet",
-                      data=config.data, val=val.name, val_images=len(val), classes=len(val.classes), step=step,
-                      random_init=config.random_init, **ap, **facts, seed=config.seed,
+                      data=config.data, val=val.name, val_images=len(val), classes=len(val.classes),
+                      step=step, random_init=config.random_init, **ap, **facts, seed=config.seed,
                       device=str(dist.device), pycocotools=version("pycocotools"))
-        print(f"detection: box AP {ap['box_ap']:.1f}, AP50 {ap['box_ap50']:.1f}, AP75 {ap['box_ap75']:.1f}; "
-              f"mask AP {ap['mask_ap']:.1f}, AP50 {ap['mask_ap50']:.1f}, AP75 {ap['mask_ap75']:.1f}")
+        print(f"detection: box AP {ap['box_ap']:.1f}, AP50 {ap['box_ap50']:.1f}, AP75 {ap['box_ap75']:.1f}"
+              f"; mask AP {ap['mask_ap']:.1f}, AP50 {ap['mask_ap50']:.1f}, AP75 {ap['mask_ap75']:.1f}")
 
 
 # ---- train -----------------------------------------------------------------------------------------------
 
 
 def learning_rate(step, peak, warmup_steps, total_steps):
-    """Linear from 0 to `peak`, a tenth of it after 8/9 and a hundredth after 26/27 of the run: steps 163,889
-    and 177,546 of 184,375 [F]."""
+    """Linear from 0 to `peak`, a tenth of it after 8/9 and a hundredth after 26/27 of the run [F]."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     return peak * 0.1 ** ((step >= round(total_steps * 8 / 9)) + (step >= round(total_steps * 26 / 27)))
@@ -493,63 +439,41 @@ def train(config, run, dist, started):
     torch.manual_seed(config.seed)
     vit = random_encoder(vit, config.seed) if config.random_init else vit
     set_drop_path(vit.blocks, config.drop_path)
-    model = Detector(vit, len(images.classes), config)
-    describe(config, model, plan, dist, images, val, run.folder)
+    model = Detector(vit, len(images.classes), config).to(dist.device)
+    meta, shape = copy.deepcopy(model.backbone).to("meta"), (1, 3, config.img_size, config.img_size)
+    flops = common.count_flops(lambda: meta(torch.empty(shape, device="meta")))
+    facts = dict(
+        model=f"Mask R-CNN on {'random weights' if config.random_init else checkpoint}",
+        lr=f"{config.lr:g} after {config.warmup_epochs:g} epochs, x {config.layer_decay:g} per block down",
+        cost=f"{flops / 1e9:,.1f} GFLOP per image, forward, in encoder and pyramid")
+    sets = f"{len(images):,} images with objects of {len(images.classes)} classes, {len(val):,} to test"
+    common.describe(facts, config, model, plan, dist, sets, run.folder)
     if config.dry_run:
         return
-    model.to(dist.device)
     common.compile_blocks(config, dist.device, [model.backbone])
-    optimizer = torch.optim.AdamW(layer_groups(model, vit, config.weight_decay, config.layer_decay), config.lr)
+    groups = layer_groups(model, vit, config.weight_decay, config.layer_decay)
+    optimizer = torch.optim.AdamW(groups, config.lr)
     samples = common.Samples(images, functools.partial(jitter, config), config.seed)
     run.begin(dist, plan, samples, model, optimizer, collate)
+    warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
     def compute_loss(model, batch):
-        inputs, targets = to_device(batch, dist.device)
+        inputs = common.normalise(batch[0].to(dist.device, non_blocking=True))
+        targets = [{name: x.to(dist.device) if torch.is_tensor(x) else x for name, x in target.items()}
+                   for target in batch[1]]
         with common.autocast(dist.device, config.precision):
             parts = model(inputs, targets)  # draws anchors and proposals [D7]
         return sum(parts.values()), parts
 
-    def rate(step):
-        return learning_rate(step, config.lr, round(config.warmup_epochs * plan.steps_per_epoch), plan.total_steps)
-
-    for step, lr, grad_norm in fit(config, run, dist, plan, model, optimizer, compute_loss, rate, config.clip_grad):
+    for step, lr, grad_norm in fit(
+            config, run, dist, plan, model, optimizer, compute_loss,
+            lambda step: learning_rate(step, config.lr, warmup_steps, plan.total_steps), config.clip_grad):
         if run.log(step, lr, grad_norm) and dist.is_main:
             # The last two are what --eval_only needs to build the detector again.
             run.save(model, optimizer, step, vit, encoder=vit.config, classes=list(images.classes))
             draw(run.folder / "preview.png", model, val, config, dist.device)
-    report(config, model, val, dist, checkpoint, started, run.stop, train=images.name, train_images=len(images))
-
-
-def describe(config, model, plan, dist, images, val, folder):
-    """Prints the resolved recipe and its cost, before anything is computed."""
-    windows, side = model.backbone.windows, model.encoder.grid[0]
-    everywhere = ", ".join(str(index) for index, window in enumerate(windows) if window == side)
-    flops = count_flops(model, config)
-    step = 3 * flops * plan.batch_size  # a backward pass costs two forward passes
-    facts = dict(
-        model=f"Mask R-CNN{' on random weights' * config.random_init}",
-        blocks=f"{side} x {side} patches, attention in windows of {min(windows)} x {min(windows)} but for "
-               f"blocks {everywhere}",
-        lr=f"{config.lr:g} after {config.warmup_epochs:g} epochs, x {config.layer_decay:g} per block down",
-        cost=f"{flops / 1e9:,.1f} GFLOP per image forward, about {step / 1e9:,.0f} per step and "
-             f"{step * plan.total_steps / 1e15:,.3g} PFLOP in all")
-    sets = f"{len(images):,} images with objects of {len(images.classes)} classes, {len(val):,} to test on"
-    common.describe(facts, config, model, plan, dist, sets, folder)
-
-
-def count_flops(model, config):
-    """Floating-point operations of a training image's forward pass, a quarter of its proposals on objects."""
-    meta = copy.deepcopy(model).to("meta")
-    image, boxes, objects = (torch.empty(shape, device="meta") for shape in (
-        (1, 3, config.img_size, config.img_size), (config.rois, config.channels, 7, 7),
-        (max(1, config.rois // 4), config.channels, 14, 14)))
-
-    def forward():
-        meta.rpn.head(list(meta.backbone(image).values()))
-        meta.roi_heads.box_head(boxes)
-        meta.roi_heads.mask_predictor(meta.roi_heads.mask_head(objects))
-
-    return common.count_flops(forward)
+    report(config, model, val, dist, checkpoint, started, run.stop, train=images.name,
+           train_images=len(images))
 
 
 def evaluate_only(config, dist, started):

@@ -98,7 +98,7 @@ def main(argv=None):
                       device=str(dist.device))
         print("highest against zero frequency after the last block: random init "
               f"{last['random_init']:.2f}, pre-trained {last['encoder']:.2f}")
-        plot.draw([checkpoint.parent], path.with_suffix(".png"), kinds=("frequency",))
+        plot.draw([checkpoint.parent], path.with_suffix(".png"), panels=("frequency",))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m eval.plot runs/mae_demo runs/mfm_mae_demo --out both.png
 
-Each argument is the folder of a run of any of our scripts. There is a panel with the losses of all runs, one
-with their accuracies, one per run with the weights of its fused blocks (MFM), from log.jsonl, and one with
-what eval/frequency.py wrote. Empty panels are left out. Needs matplotlib, the extra `plot`.
+Each argument is the folder of a run of any of our scripts. A panel has the losses of all runs, one has their
+accuracies, one per run has the weights of its fused blocks (MFM), all from log.jsonl; one has what
+eval/frequency.py wrote. Empty panels are left out. Needs matplotlib, the extra `plot`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def read_run(folder):
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the log in {folder} cannot be read ({type(error).__name__}: {error})") from error
     if not found:
-        raise FileNotFoundError(f"{folder} has nothing in log.jsonl, no frequency.json: give a run's folder")
+        raise FileNotFoundError(f"{folder} has no values in log.jsonl, no frequency.json: give runs")
     return found
 
 

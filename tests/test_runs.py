@@ -84,6 +84,8 @@ UNBROKEN = {}
 
 @pytest.fixture
 def script(request, places):
+    if request.param == "eval.detect":
+        pytest.importorskip("pycocotools")
     return Script(request.param, places)
 
 
@@ -170,21 +172,22 @@ def test_a_signal_within_a_step_finishes_that_step_and_saves(script, unbroken, t
 @each(quick=("beyond_masking", "eval.segment"))
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_killed_process_and_the_same_command_again_change_no_bit(script, tmp_path, number, code):
-    """As a scheduler stops a job: the signal goes to the whole group, loader workers included."""
+    """As a scheduler stops a job: the signal goes to the whole process group."""
     out, more = tmp_path / "killed", ["--max_steps=100000", "--workers=2"]
-    more += ["--save_every=1000"] * (code == 143)  # the only checkpoint is the one that the signal asks for
+    more += ["--save_every=1000"] * (number == signal.SIGTERM)  # the only checkpoint is the one that the signal asks for
     process = script.start(out, *more, group=True)
     log = out / "log.jsonl"
     wait_for(process, lambda: log.exists() and log.read_text().count("\n") >= 5)
     os.killpg(process.pid, number)
     ended, _, err = finish(process)
-    assert ended == code and "Traceback" not in err, err
     stopped = load(out)["step"]
-    assert stopped == steps(out)[-1] if code == 143 else stopped >= 3
-    assert not [name for name in os.listdir(out) if "tmp" in name]
+    assert ended == code and stopped >= 3, err
+    if number == signal.SIGTERM:
+        assert "Traceback" not in err and stopped == steps(out)[-1], err
     for folder in (out, tmp_path / "whole"):
         assert script(folder, f"--max_steps={stopped + 2}") == 0
     assert_same_run(out, tmp_path / "whole")
+    assert not [name for name in os.listdir(out) if "tmp" in name]
 
 
 # -- the same command, another command
