@@ -92,10 +92,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x)).
-
-    `drop_path`: how often a branch is left out in training, for a whole sample (stochastic depth).
-    """
+    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x)). `drop_path`: how often a
+    branch is left out in training, for a whole sample (stochastic depth)."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, init_values=None, drop_path=0.0):
         super().__init__()
@@ -192,9 +190,7 @@ class ViT(nn.Module):
 
     def forward(self, images, mask=None, ids_keep=None):
         """Images (B, C, H, W), mask (B, N) bool with True = hidden, to normed tokens (B, 1+V, D).
-
-        Only visible tokens are computed, in ascending patch order, class token first.
-        """
+        Only visible tokens are computed, in ascending patch order, class token first."""
         x = self.embed(images, mask, ids_keep)
         for block in self.blocks:
             x = block(x)
@@ -257,12 +253,10 @@ def unpatchify(tokens, patch_size, grid):
 
 
 def sincos_2d(dim, grid, first="column"):
-    """Fixed 2-D sin-cos position table, (N, dim) float32, rows in raster order.
-
-    With frequencies w_k = 10000^(-k / (dim/4)), k = 0 .. dim/4-1, one half of the width is
-    [sin(c w), cos(c w)] of one integer coordinate, the other half that of the other one. Both
-    orders exist in the wild, `first="column"` and `first="row"`; an encoder needs its own one.
-    """
+    """Fixed 2-D sin-cos position table, (N, dim) float32, rows in raster order. With frequencies
+    w_k = 10000^(-k / (dim/4)), k = 0 .. dim/4-1, one half of the width is [sin(c w), cos(c w)] of
+    one integer coordinate, the other half that of the other one. Both orders exist in the wild,
+    `first="column"` and `first="row"`; an encoder needs its own one."""
     if dim % 4:
         raise ValueError(f"a 2-D sin-cos table needs a width that is a multiple of 4, not {dim}")
     if first not in ("column", "row"):
@@ -295,20 +289,15 @@ def random_masks(batch, num_patches, num_masked, generator=None):
 
 
 def mask_to_ids(mask, device):
-    """(B, N) bool mask to ids_keep (B, V) and ids_masked (B, M), both ascending, on `device`.
-
-    The mask itself stays on the CPU, where the loader makes it: asking a GPU how many patches are
-    hidden would make the CPU wait for it.
-    Raises ValueError unless every row hides the same number of patches.
-    """
-    num_masked = mask.sum(dim=1)
-    M = int(num_masked[0])
-    if not bool((num_masked == M).all()):
-        raise ValueError("every row of a mask must hide the same number of patches, "
-                         f"got {num_masked.tolist()}")
+    """(B, N) bool mask to ids_keep (B, V) and ids_masked (B, M), both ascending, on `device`. The
+    mask itself stays on the CPU, where the loader makes it: asking a GPU how many patches are
+    hidden would make the CPU wait. Raises ValueError unless every row hides the same number."""
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) != 1:
+        raise ValueError(f"every row of a mask must hide the same number of patches, got {counts}")
     order = mask.byte().argsort(dim=1, stable=True)  # (B, N) visible patches first
-    order = order.to(device, non_blocking=True)
-    return order[:, : mask.shape[1] - M], order[:, mask.shape[1] - M:]
+    order, V = order.to(device, non_blocking=True), mask.shape[1] - counts[0]
+    return order[:, :V], order[:, V:]
 
 
 def gather(tokens, ids):
@@ -331,10 +320,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 class Images(torch.utils.data.Dataset):
     """Images with optional labels: `dataset[index]` is (uint8 image (3, H, W), label or -1).
-
     `source` is a list of files, or a uint8 tensor (n, 3, H, W). File names are one array of bytes:
-    a list of a million strings would be copied into every worker, as Python counts references.
-    """
+    a list of a million strings would be copied into every worker, as Python counts references."""
 
     def __init__(self, source, labels=None, classes=(), name=""):
         self.name, self.classes = name, tuple(classes)
@@ -373,10 +360,8 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
     (labels of folders are eval/data.py's business). Empty: $IMAGENET or data/imagenet.
     Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
     """
-    if spec == "scenes":
-        return scenes_data(split, img_size, num_scenes)
-    if spec == "cifar10":
-        return cifar10_data(split)
+    if spec in ("scenes", "cifar10"):
+        return built_in_data(spec, split, img_size, num_scenes)
     root = Path(spec or os.environ.get("IMAGENET") or "data/imagenet").expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
@@ -393,10 +378,8 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
 
 def list_images(folder):
     """All image files below `folder`, sorted: every process and every run sees the same order.
-
     Raises FileNotFoundError if there is none, and OSError for a folder that may not be read: a part
-    of the data would otherwise be missing silently.
-    """
+    of the data would otherwise be missing silently."""
     def refuse(error):
         raise error
 
@@ -410,20 +393,17 @@ def list_images(folder):
     return found
 
 
-def scenes_data(split, img_size, num_scenes):
-    """The built-in images of a split, with labels."""
-    try:
-        from demo.scenes import CLASSES, SEEDS, make_scenes
-    except ImportError as error:
-        raise FileNotFoundError("--data scenes needs the folder demo/ beside common.py: "
-                                "copy it along, or give --data FOLDER") from error
-    count = {"pretrain": num_scenes, "train": 3_000, "val": 1_500}[split]
-    scenes = make_scenes(count, size=img_size, seed=SEEDS[split])
-    return Images(scenes.images, scenes.labels, CLASSES, name=f"scenes ({split})")
-
-
-def cifar10_data(split):
-    """CIFAR-10's training or test images, with labels."""
+def built_in_data(spec, split, img_size, num_scenes):
+    """`scenes` or `cifar10`, with labels. Raises FileNotFoundError where files are missing."""
+    if spec == "scenes":
+        try:
+            from demo.scenes import CLASSES, SEEDS, make_scenes
+        except ImportError as error:
+            raise FileNotFoundError("--data scenes needs the folder demo/ beside common.py: "
+                                    "copy it along, or give --data FOLDER") from error
+        count = {"pretrain": num_scenes, "train": 3_000, "val": 1_500}[split]
+        scenes = make_scenes(count, size=img_size, seed=SEEDS[split])
+        return Images(scenes.images, scenes.labels, CLASSES, name=f"scenes ({split})")
     root = os.environ.get("CIFAR10") or "data"
     try:
         data = datasets.CIFAR10(root, train=split != "val")
@@ -439,7 +419,8 @@ class Samples(torch.utils.data.Dataset):
 
     The transform draws from torch's default generator, seeded per (seed, epoch, index): a sample is
     the same in whatever worker, rank or order it is made. (With no workers that is the training
-    process's own generator: what is drawn in a loop must be seeded there, too.)
+    process's own generator: what is drawn in a loop must be seeded there, too.) A file that cannot
+    be read must not end a run in the middle of the night: the next one stands in for it.
     """
 
     def __init__(self, images, transform, seed):
@@ -447,20 +428,16 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        sample = self._read(index)
+        for place in range(index, index + 10):
+            try:
+                sample = self.images[place % len(self.images)]
+                break
+            except ValueError as error:
+                if place == index + 9:
+                    raise
+                sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
         torch.default_generator.manual_seed(seed_for(self.seed, "sample", epoch, index))
         return self.transform(*sample)
-
-    def _read(self, index, tries=10):
-        """An image that cannot be read must not end a run in the middle of the night: the next one
-        stands in for it, and a line on stderr names it."""
-        try:
-            return self.images[index % len(self.images)]
-        except ValueError as error:
-            if tries == 1:
-                raise
-            sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
-            return self._read(index + 1, tries - 1)
 
 
 def micro_batch_keys(num_images, plan, dist, seed, start, stop):
@@ -511,7 +488,7 @@ def unnormalise(images):
 
 @dataclasses.dataclass(frozen=True)
 class Dist:
-    """The three facts of distributed training, and what follows from them."""
+    """The three facts of distributed training. Only the process `is_main` prints, saves, draws."""
 
     rank: int
     world: int
@@ -519,7 +496,6 @@ class Dist:
 
     @property
     def is_main(self):
-        """Only this process prints, saves and draws."""
         return self.rank == 0
 
     def all_reduce(self, tensor):
@@ -537,10 +513,10 @@ def distributed(device="auto"):
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device == "cuda" and local >= torch.cuda.device_count():
+    gpu = torch.device("cuda", local) if device == "cuda" else None
+    if gpu and local >= torch.cuda.device_count():
         raise ValueError(f"process {local} finds {torch.cuda.device_count()} GPUs on this machine: "
                          "start fewer (--nproc_per_node) or give --device cpu")
-    gpu = torch.device("cuda", local) if device == "cuda" else None
     if gpu:
         torch.cuda.set_device(gpu)
     if world > 1:  # gloo beside NCCL: what processes agree on need not wait for a GPU
@@ -685,24 +661,20 @@ def load_init(model, path):
     path = Path(path).expanduser()
     inside = [path / name for name in ("last.pt", "encoder.safetensors") if (path / name).exists()]
     path = inside[0] if inside else path
-    state, part = read_checkpoint(path), model
-    if path.suffix == ".safetensors":
-        part = model.encoder
-        print(f"--init {path}: the encoder; everything else starts from the seed")
-    elif state.get("kind") == "pretraining":
-        state = state["model"]
-    own = part.state_dict()
+    state, part = read_checkpoint(path), model.encoder if path.suffix == ".safetensors" else model
+    state, own = state["model"] if state.get("kind") == "pretraining" else state, part.state_dict()
     if state.keys() != own.keys():
         raise ValueError(f"--init {path} is neither a last.pt of this method nor an encoder."
                          f"safetensors: `python -m eval.encoders {path} NEW.safetensors` makes one "
                          "of what others publish")
     for name, tensor in own.items():
-        if state[name].shape != tensor.shape and "pos" in name:
+        if "pos" in name and state[name].shape != tensor.shape:
             state[name] = tensor
         if state[name].shape != tensor.shape:
             raise ValueError(f"--init {path} does not fit this model: {name} is "
                              f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here")
     part.load_state_dict(state)
+    print(f"weights  {path}{'' if part is model else ', the encoder alone'}")
 
 
 def commit():
@@ -735,22 +707,17 @@ class Run:
             number += 1
             self.folder = Path(f"{out}-{number}")
         self.checkpoint = self.folder / "last.pt"
-        self.state = read_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
-        self.start, self.finished = 0, False
-        if self.state:
-            self._check_same_run()
-            self.start, total = self.state["step"], self.state["total_steps"]
-            self.finished = self.start >= min(config.max_steps or total, total)
-
-    def _check_same_run(self):
-        if self.state.get("method") != self.method:
-            raise ValueError(f"{self.checkpoint} is not from {self.method}: give another --out")
-        for name, now in dataclasses.asdict(self.config).items():
-            before = self.state["config"].get(name, now)
-            if name not in MAY_CHANGE and before != now:
-                raise ValueError(
-                    f"--{name} was {before!r} when the run in {self.folder} started and is {now!r} "
-                    "now: give the old value to go on, or --fresh or another --out for a new run")
+        self.state = read_checkpoint(self.checkpoint) if self.checkpoint.exists() else {}
+        if self.state and self.state.get("method") != method:
+            raise ValueError(f"{self.checkpoint} is not from {method}: give another --out")
+        before = self.state.get("config", {})
+        for name, now in dataclasses.asdict(config).items():
+            if name not in MAY_CHANGE and before.get(name, now) != now:
+                raise ValueError(f"--{name} was {before[name]!r} when the run in {self.folder} "
+                                 f"started and is {now!r} now: give the old value to go on, or "
+                                 "--fresh or another --out for a new run")
+        self.start, total = self.state.get("step", 0), self.state.get("total_steps", math.inf)
+        self.finished = self.start >= min(config.max_steps or total, total)
 
     def load(self, model):
         """The model with the weights of last.pt, or else of --init, or else as it is."""
@@ -762,12 +729,12 @@ class Run:
 
     def prepare(self, dist, samples, model, optimizer):
         """What pre-training does before its first step: plans the batches, prints the recipe,
-        begins. Gives the plan and the model, of several processes within DistributedDataParallel."""
+        begins. Gives the plan and the model, of several processes in DistributedDataParallel."""
         config, images = self.config, samples.images
         plan = make_plan(len(images), config.batch_size, config.micro_batch, config.epochs,
                          dist.world)
-        describe(config.facts, config, model, plan, dist,
-                 f"{len(images):,} images in {images.name}", self.folder)
+        data = f"{len(images):,} images in {images.name}"
+        describe(config.facts, config, model, plan, dist, data, self.folder)
         self.begin(dist, plan, samples, model, optimizer)
         if dist.world > 1:
             model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -776,21 +743,21 @@ class Run:
     def begin(self, dist, plan, samples, model, optimizer, collate=None):
         """Restores an interrupted run, writes config.json, starts the loader. Log lines after the
         checkpoint are dropped, and one that a killed process left half-written."""
-        config, self.dist, self.plan, self.num_images = self.config, dist, plan, len(samples.images)
-        self.skipped = self.failures = 0
-        if self.state:
-            before, self.state = self.state, None  # its memory is free at the end of `begin`
-            if before["num_images"] != self.num_images:
-                raise ValueError(f"the run in {self.folder} started with {before['num_images']} "
-                                 f"images, now there are {self.num_images}: restore the data, or "
-                                 "give --fresh for a new run")
-            model.load_state_dict(before["model"])
-            optimizer.load_state_dict(before["optimizer"])
-            self.skipped = before["skipped"]
+        config, state, images = self.config, self.state, samples.images
+        self.dist, self.plan, self.num_images = dist, plan, len(images)
+        self.state = {}  # frees the memory of the old weights when this is done
+        if state:
+            if state["num_images"] != len(images):
+                raise ValueError(f"the run in {self.folder} started with {state['num_images']} "
+                                 f"images, now there are {len(images)}: restore the data, or give "
+                                 "--fresh")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        self.skipped, self.failures = state.get("skipped", 0), 0
         if dist.is_main:
             log = self.folder / "log.jsonl"
             facts = dict(dataclasses.asdict(config), **dataclasses.asdict(plan), method=self.method,
-                         world=dist.world, num_images=self.num_images, torch=torch.__version__,
+                         world=dist.world, num_images=len(images), torch=torch.__version__,
                          commit=commit(), command=" ".join(sys.argv))
             write_atomically(self.folder / "config.json",
                              lambda path: path.write_text(json.dumps(facts, indent=1)))
@@ -799,7 +766,7 @@ class Run:
                     if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
             write_atomically(log, lambda path: path.write_text("".join(kept)))
         self.stop = min(config.max_steps or plan.total_steps, plan.total_steps)
-        keys = micro_batch_keys(self.num_images, plan, dist, config.seed, self.start, self.stop)
+        keys = micro_batch_keys(len(images), plan, dist, config.seed, self.start, self.stop)
         self.loader = iter(torch.utils.data.DataLoader(
             samples, batch_sampler=keys, num_workers=num_workers(config), collate_fn=collate,
             worker_init_fn=leave_group, pin_memory=dist.device.type == "cuda"))
@@ -808,10 +775,7 @@ class Run:
         self.sums, self.count, self.waited, self.logged = {}, 0, 0.0, self.start
         self.clock, self.signal, self.stopping = time.perf_counter(), None, False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember_signal)
-
-    def _remember_signal(self, number, frame):
-        self.signal = number
+            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
 
     def steps(self):
         """The steps still to do. They end early after a signal (SIGTERM, Ctrl-C), once the loop has
@@ -843,12 +807,9 @@ class Run:
         self.count += 1
 
     def is_finite(self, grad_norm):
-        """Whether the optimiser may step; a gradient that is not finite is counted instead.
-
-        Waiting for the device here, once a step, buys that no bad gradient ever reaches the
-        weights. The norm is that of the summed gradient, so all processes decide alike.
-        Raises ValueError after ten bad steps in a row.
-        """
+        """Whether the optimiser may step; a gradient that is not finite is counted instead, ten in
+        a row end the run. Waiting for the device here, once a step, buys that no bad gradient ever
+        reaches the weights. The norm is that of the summed gradient: all processes decide alike."""
         bad = not grad_norm.isfinite()
         self.skipped, self.failures = self.skipped + bad, bad * (self.failures + 1)
         if self.failures == 10:
@@ -886,11 +847,9 @@ class Run:
             tqdm.write(f"step {step}/{self.plan.total_steps}  {words}")
 
     def save(self, model, optimizer, step, export=None, **more):
-        """Writes last.pt, all that resuming needs, and encoder.safetensors, all that others need.
-
-        `export` is the ViT for others, None where it is frozen and has a file of its own; `more`
-        is plain data or tensors, found in `state` on resuming. Call it in the main process only.
-        """
+        """Writes last.pt, all that resuming needs, and encoder.safetensors, all that others need:
+        `export`, a ViT, None where it is frozen and has a file of its own. `more` is plain data or
+        tensors, found in `state` on resuming. Call it in the main process only."""
         # The encoder first: whoever is killed in between finds both made again on resuming.
         if export is not None:
             more["encoder"] = export.config  # the number of heads is in no weight
@@ -1009,8 +968,7 @@ class RunConfig(TrainConfig):
         return (self.img_size // self.patch_size) ** 2
 
     @property
-    def run_name(self):
-        """How the default --out ends."""
+    def run_name(self):  # how the default --out ends
         return "demo" if self.demo else self.model
 
 
@@ -1076,26 +1034,24 @@ def dry_run(config, folder, model, inputs, *frozen):
     are on torch's meta device, and so is what the functions `frozen` run beside it."""
     dist = Dist(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
     plan = make_plan(1_281_167, config.batch_size, config.micro_batch, config.epochs, dist.world)
-    data = "1,281,167 images assumed (ImageNet-1K)"
+    data, kept = "1,281,167 images assumed (ImageNet-1K)", {}
     describe(config.facts, config, model, plan, dist, data, folder)
-    kept = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         flops = count_flops(lambda: model(*inputs)[0].backward())
-    others = sum(count_flops(run) for run in frozen)
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage()._cdata, None)
+    teacher = sum(count_flops(run) for run in frozen)
+    weights = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}
     # fp32 weight, gradient, two moments; under bf16 about half of what fp32 keeps for backward.
-    memory = 16 * sum(p.numel() for p in model.parameters()) + plan.micro_batch * sum(
-        tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
-    hours = (flops + others) * plan.batch_size * plan.total_steps / dist.world / 0.4 / 3600
-    teacher = f", {others / 1e9:.1f} of them in the teacher" if frozen else ""
+    memory = 16 * sum(weights.values()) + plan.micro_batch / 2 * sum(
+        storage.nbytes() for key, storage in kept.items() if key not in weights)
+    hours = (flops + teacher) * plan.batch_size * plan.total_steps / dist.world / 0.4 / 3600
     each = ", ".join(f"{gpu} {hours / peak:.1f}" for gpu, peak in PEAK_FLOPS.items())
-    print(f"cost     {(flops + others) / 1e9:.1f} GFLOP per image and step{teacher}\n"
+    print(f"cost     {(flops + teacher) / 1e9:.1f} GFLOP per image and step"
+          f"{f', {teacher / 1e9:.1f} of them in the teacher' if frozen else ''}\n"
           f"memory   roughly {memory / 2**30:.1f} GiB per process in bf16\n"
           f"hours    {each}: an estimate, {dist.world} such GPUs at 40 % of their dense bf16 peak\n"
           f"recipe   {json.dumps(vars(config))}")

@@ -6,7 +6,7 @@ The pattern is in its code once, however that is broken into lines; comments and
 """
 
 import ast
-import functools
+import contextlib
 import io
 import re
 import sys
@@ -17,28 +17,26 @@ from pathlib import Path
 import pytest
 
 
-@functools.cache
-def code_of(file):
-    """(lines without comments and docstrings, syntax tree) of a file."""
-    source = Path(file).read_text(encoding="utf-8")
-    lines, tree = source.splitlines(), ast.parse(source)
+def code_of(module):
+    """(lines without comments and docstrings, syntax tree) of a module's file."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        (row, column), (last, _) = token.start, token.end
         if token.type == tokenize.COMMENT:
-            lines[token.start[0] - 1] = token.line[: token.start[1]]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            first, last = node.lineno - 1, node.end_lineno
-            lines[first:last] = [node.col_offset * " " + '""', *[""] * (last - first - 1)]
-    return lines, tree
+            lines[row - 1] = lines[row - 1][:column]
+        elif token.string.startswith('"""'):
+            lines[row - 1: last] = [column * " " + '""', *[""] * (last - row)]
+    return lines, ast.parse(source)
 
 
 def mutant(module, title, *changes):
     """A copy of `module` with all changes: (place, pattern, what stands there instead, place, ...)."""
-    sources = {module: list(code_of(module.__file__)[0])}
+    sources = {module: code_of(module)}
     for place, pattern, wrong in zip(*[iter(changes)] * 3, strict=True):
         name, _, path = place.rpartition(":")
         home = sys.modules[name or module.__name__]
-        lines, node = sources.setdefault(home, list(code_of(home.__file__)[0])), code_of(home.__file__)[1]
+        lines, node = sources.setdefault(home, code_of(home))
         for word in path.split("."):
             node = next((child for child in getattr(node, "body", ()) if word in (
                 getattr(child, "name", ""), *map(ast.unparse, getattr(child, "targets", ())))), None)
@@ -51,17 +49,17 @@ def mutant(module, title, *changes):
     copies = {home: types.ModuleType(f"{home.__name__}_mutant") for home in sources}
     for home, copy in copies.items():
         copy.__file__ = home.__file__
-        exec(compile("\n".join(sources[home]), title, "exec"), copy.__dict__)
+        exec(compile("\n".join(sources[home][0]), title, "exec"), copy.__dict__)
         setattr(copies[module], home.__name__.split(".")[-1], copy)
     return copies[module]
 
 
-def are_caught(module, mistakes):
-    """The test of {(check, case): [(what is wrong, changes ...)]}."""
-    @pytest.mark.parametrize("check, case, mistake", [
-        pytest.param(*key, row, id=row[0]) for key, rows in mistakes.items() for row in rows])
+def checks(module, mistakes):
+    """The test that the checks {(check, case): [(what is wrong, changes ...)]} pass, and that each mistake fails."""
+    rows = [(*key, row) for key, rows in mistakes.items() for row in [("true", ), *rows]]
+    @pytest.mark.parametrize("check, case, mistake", rows, ids=[f"{row[0].__name__}: {row[2][0]}" for row in rows])
     def test(check, case, mistake):
-        wrong = mutant(module, *mistake)
-        with pytest.raises((AssertionError, ValueError)):
-            check(wrong, case)
+        copy = mutant(module, *mistake)
+        with pytest.raises((AssertionError, ValueError)) if len(mistake) > 1 else contextlib.nullcontext():
+            check(copy, case)
     return test

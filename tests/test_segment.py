@@ -1,8 +1,8 @@
 """eval/segment.py: scores by hand, windows, UPerNet against transformers', crops, whole commands."""
 
 import dataclasses
+import functools
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +10,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import v2
 
 import common
 from eval import segment
 from eval.encoders import export
-from eval.segment import (IGNORE, Augment, Config, LabelMaps, Segmenter, UPerNet, Views, confusion_matrix,
-                          distort, evaluate, find_maps, learning_rate, main, norm_layer, overlay,
-                          pad, palette, pixel_loss, predict, scaled_size, scores, slide,
-                          tap_blocks, to_labels, window_starts, with_recipe)
-from eval.protocol import layer_groups
-from helpers import assert_same_run, call, differences, finish, load, numbers, read_log, start
+from eval.protocol import MEAN_COLOUR, layer_groups
+from eval.segment import (IGNORE, Config, LabelMaps, Segmenter, UPerNet, augment, confusion_matrix, distort,
+                          draw_overlays, evaluate, find_maps, learning_rate, main, norm_layer, out_indices, pad,
+                          pixel_loss, predict, scaled_size, scores, to_labels, with_recipe)
+from helpers import call, differences, load, numbers, read_log
 
 CPU = torch.device("cpu")
-ONE = common.Processes(0, 1, CPU)
+ONE = common.Dist(0, 1, CPU)
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
 FLAGS = ("--img_size=32 --batch_size=4 --steps=6 --warmup_steps=2 --lr=1e-3 --workers=0 --device=cpu "
          "--log_every=1 --channels=16").split()
+GIVEN = ["--num_classes=3", "--ignore_index=11"]
 
 
 def config(**changes):
@@ -46,25 +47,23 @@ def random(*shape, seed=0):
 
 
 def integers(high, *shape, seed=0):
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)
 
 
-def write_maps(root, sizes=((40, 48), (48, 40), (36, 60)), classes=3, names=("train", "val"), kind="jpg"):
-    """A folder of images whose label is told by colour; some pixels are 11, which the flags ignore."""
+def write_maps(root, sizes=((40, 48), (48, 40), (36, 60)), names=("train", "val"), kind="jpg"):
+    """A folder of images whose colour shows the label, 0 to 2; some pixels are 11, which the flags ignore."""
     for split in names:
         for folder in ("images", "annotations"):
             (root / folder / split / "town").mkdir(parents=True, exist_ok=True)
         for index, size in enumerate(sizes):
-            coarse = integers(classes, 1, 1, 4, 4, seed=index + 10 * len(split)).float()
+            coarse = integers(3, 1, 1, 4, 4, seed=index + 10 * len(split)).float()
             ids = F.interpolate(coarse, size, mode="nearest")[0, 0].byte()
             pixels = torch.stack([ids * 80 + 20, 220 - ids * 80, 90 + 0 * ids], dim=-1)
             ids[:3] = 11
             Image.fromarray(pixels.numpy()).save(root / "images" / split / "town" / f"{index}.{kind}")
             Image.fromarray(ids.numpy()).save(root / "annotations" / split / "town" / f"{index}.png")
     return root
-
-
-GIVEN = ["--num_classes=3", "--ignore_index=11"]
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +94,11 @@ def test_scores_of_a_matrix_by_hand():
 
 def test_commonest_is_what_that_prediction_scores():
     labels = integers(4, 1000).clamp(max=2)
-    matrix = confusion_matrix(labels, torch.full((1000,), int(labels.bincount().argmax())), 4)
+    everywhere = torch.full((1000,), int(labels.bincount().argmax()))
+    expected = scores(confusion_matrix(labels, everywhere, 4))
     real = scores(confusion_matrix(labels, integers(4, 1000, seed=1), 4))
-    assert scores(matrix)["miou"] == pytest.approx(real["commonest_miou"])
-    assert scores(matrix)["aacc"] == pytest.approx(real["commonest_aacc"])
+    for name in ("miou", "aacc"):
+        assert real[f"commonest_{name}"] == pytest.approx(expected[name])
 
 
 def test_confusion_matrix_counts_pairs():
@@ -108,19 +108,28 @@ def test_confusion_matrix_counts_pairs():
     np.add.at(expected, (labels[2:].numpy().ravel(), predicted[2:].numpy().ravel()), 1)
     matrix = confusion_matrix(labels, predicted.long(), 7)
     assert matrix.dtype == torch.int64 and np.array_equal(matrix.numpy(), expected)
-    empty = confusion_matrix(torch.full((4, 4), IGNORE, dtype=torch.uint8), torch.zeros(4, 4).long(), 7)
     with pytest.raises(ValueError, match="has a label"):
-        scores(empty)
+        scores(confusion_matrix(torch.full_like(labels, IGNORE), predicted.long(), 7))
+
+
+def test_evaluation_drops_nothing_and_shares_the_images():
+    model = Segmenter(tiny(), config(num_classes=12, drop_path=0.5), "group").train()
+    settings = config(num_classes=12, data="scenes")
+    data = find_maps(settings, "val")
+    data.images.pixels, data.maps = data.images.pixels[:7], data.maps[:7]
+    whole = evaluate(model, data, settings, ONE)
+    assert whole.sum() == 7 * 32 * 32 and torch.equal(whole, evaluate(model.train(), data, settings, ONE))
+
+    class Part(common.Dist):
+        def all_reduce(self, tensor):
+            return tensor
+
+    parts = [evaluate(model, data, settings, Part(rank, 3, CPU)) for rank in range(3)]
+    assert [int(part.sum()) for part in parts] == [3 * 1024, 2 * 1024, 2 * 1024]
+    assert torch.equal(sum(parts), whole)
 
 
 # -- windows
-
-
-@pytest.mark.parametrize("length, expected", [
-    (512, [0]), (300, [0]), (513, [0, 1]), (683, [0, 171]), (853, [0, 341]), (854, [0, 341, 342]),
-    (2048, [0, 341, 682, 1023, 1364, 1536])])
-def test_windows_cover_a_side_and_end_flush(length, expected):
-    assert window_starts(length, 512, 341) == expected
 
 
 class Position(nn.Module):
@@ -132,44 +141,47 @@ class Position(nn.Module):
         return torch.cat([images, ramp.expand(len(images), 1, H, W)], dim=1), []
 
 
-@pytest.mark.parametrize("size, batch", [
-    ((32, 32), 0), ((32, 75), 2), ((50, 33), 1), ((20, 40), 0), ((9, 11), 3)])
+def starts(length, window, stride):
+    """mmsegmentation's slide_inference: a grid of windows, of which those that reach out are moved back."""
+    count = max(length - window + stride - 1, 0) // stride + 1
+    return [max(min(index * stride + window, length) - window, 0) for index in range(count)]
+
+
+@pytest.mark.parametrize("size, batch", [((32, 32), 0), ((32, 75), 2), ((85, 32), 1), ((20, 128), 0)])
 def test_logits_are_the_mean_over_windows(size, batch):
+    """Of images that need no resizing; strides of two thirds of 32 pixels, batches of any size."""
     image, settings = integers(256, 3, *size), config(num_classes=4, micro_batch=batch)
     total, count = np.zeros((4, *size)), np.zeros(size)
     normed = common.normalise(image[None])[0].numpy()
-    for top in window_starts(size[0], 32, 21):
-        for left in window_starts(size[1], 32, 21):
-            for y in range(top, min(top + 32, size[0])):
-                for x in range(left, min(left + 32, size[1])):
-                    total[:, y, x] += [*normed[:, y, x], 100 * (y - top) + x - left]
-                    count[y, x] += 1
-    assert count.min() == 1
-    logits = slide(Position(), image, 21, settings, CPU)
+    for top in starts(size[0], 32, 21):
+        for left in starts(size[1], 32, 21):
+            rows, columns = np.mgrid[top: min(top + 32, size[0]), left: min(left + 32, size[1])]
+            total[:3, rows, columns] += normed[:, rows, columns]
+            total[3, rows, columns] += 100 * (rows - top) + columns - left
+            count[rows, columns] += 1
+    logits = predict(Position(), image, settings, CPU)
     np.testing.assert_allclose(logits.numpy(), total / count, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["upernet", "linear"])
 def test_a_window_that_covers_the_image_is_whole_image_inference(head):
-    model = Segmenter(tiny(), config(head=head), "group").eval()
-    image = integers(256, 3, 32, 32)
+    model, image = Segmenter(tiny(), config(head=head), "group").eval(), integers(256, 3, 48, 48)
+    view = v2.functional.resize(image, [32, 32], antialias=True)
     with torch.no_grad():
-        whole = model(common.normalise(image[None]))[0]
-    torch.testing.assert_close(slide(model, image, 21, config(), CPU), whole[0])
-    larger = F.interpolate(whole, (48, 40), mode="bilinear", align_corners=False).argmax(dim=1)[0]
-    assert torch.equal(predict(model, image, (48, 40), config(), CPU), larger)
+        whole = model(common.normalise(view[None]))[0]
+    larger = F.interpolate(whole, (48, 48), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(predict(model, image, config(), CPU), larger)
 
 
-def test_the_stride_is_two_thirds_of_the_crop(monkeypatch):
-    strides = []
-    monkeypatch.setattr(segment, "slide", lambda *given: strides.append(given[2]) or random(5, 8, 8))
-    predict(None, None, (8, 8), config(img_size=512), CPU)
-    assert strides == [341]
+def test_sizes_keep_the_aspect():
+    assert scaled_size((480, 640), 512) == [512, 683] and scaled_size((640, 480), 256) == [341, 256]
+    assert scaled_size((100, 800), 512) == [256, 2048]  # 2048 x 512 bounds the long side too
+    assert scaled_size((1, 1000), 32) == [1, 128]
 
 
 def test_padding_below_and_right_is_black_after_normalising():
     image = integers(256, 3, 5, 9)
-    padded = pad(image, 8, segment.MEAN_COLOUR)
+    padded = pad(image, 8, MEAN_COLOUR)
     assert padded.shape == (3, 8, 9) and torch.equal(padded[:, :5], image)
     assert common.normalise(padded[None])[0, :, 5:].abs().max() < 0.01
 
@@ -177,9 +189,9 @@ def test_padding_below_and_right_is_black_after_normalising():
 # -- model
 
 
-def test_taps_at_the_papers_blocks():
-    assert tap_blocks(12) == [3, 5, 7, 11] and tap_blocks(24) == [7, 11, 15, 23]
-    assert tap_blocks(32) == [10, 15, 20, 31] and tap_blocks(4) == [0, 1, 2, 3] and tap_blocks(1) == [0] * 4
+def test_outputs_of_the_papers_blocks():
+    assert out_indices(12) == [3, 5, 7, 11] and out_indices(24) == [7, 11, 15, 23]
+    assert out_indices(32) == [10, 15, 20, 31] and out_indices(4) == [0, 1, 2, 3] and out_indices(1) == [0] * 4
 
 
 def fill(module, seed):
@@ -187,9 +199,8 @@ def fill(module, seed):
     generator = torch.Generator().manual_seed(seed)
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.is_floating_point():
-            tensor.data.copy_(0.2 + 0.8 * torch.rand(tensor.shape, generator=generator))
-            tensor.data.mul_(0.1 if tensor.ndim == 4 else 1)
-            tensor.data.add_(-0.05 if tensor.ndim == 4 else 0)
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.data.copy_(0.08 * noise - 0.03 if tensor.ndim == 4 else 0.2 + 0.8 * noise)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7), (8, 6)])
@@ -213,30 +224,26 @@ def test_upernet_is_transformers_upernet(grid):
     ours.fuse[0].weight.data = torch.cat(theirs.fpn_bottleneck.conv.weight.data.chunk(4, dim=1)[::-1], dim=1)
     ours.classify[1].load_state_dict(theirs.classifier.state_dict())
     ours.auxiliary[2].load_state_dict(fcn.classifier.state_dict())
-    taps = [random(2, 12, *grid, seed=seed) for seed in range(4)]
-    levels = [rescale(tap) for rescale, tap in zip(ours.rescale, taps)]
-    h, w = grid
-    assert [tuple(level.shape) for level in levels] == [
-        (2, 12, 4 * h, 4 * w), (2, 12, 2 * h, 2 * w), (2, 12, h, w), (2, 12, h // 2, w // 2)]
+    outputs, (h, w) = [random(2, 12, *grid, seed=seed) for seed in range(4)], grid
+    levels = [rescale(x) for rescale, x in zip(ours.rescale, outputs)]
+    assert [tuple(level.shape[2:]) for level in levels] == [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
     with torch.no_grad():
-        logits, auxiliary = ours(taps)
+        logits, auxiliary = ours(outputs)
         torch.testing.assert_close(logits, theirs(levels), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(auxiliary, fcn(levels), rtol=1e-4, atol=1e-4)
     assert logits.shape == (2, 5, 4 * h, 4 * w) and auxiliary.shape == (2, 5, h, w)
     assert logits.std() > 0.01 and auxiliary.std() > 0.01
 
 
-def test_rescaling_is_two_one_no_and_half():
-    rescale = UPerNet(8, 5, 8, "group").rescale
-    tap = random(1, 8, 4, 4)
+def test_rescaling_is_four_two_one_and_half():
+    rescale, x = UPerNet(8, 5, 8, "group").rescale, random(1, 8, 4, 4)
     first, norm, gelu, second = rescale[0]
     assert isinstance(norm, nn.GroupNorm) and isinstance(gelu, nn.GELU)
-    blocks = F.conv_transpose2d(tap, first.weight, first.bias, stride=2)
+    blocks = F.conv_transpose2d(x, first.weight, first.bias, stride=2)
     expected = F.conv_transpose2d(F.gelu(norm(blocks)), second.weight, second.bias, stride=2)
-    torch.testing.assert_close(rescale[0](tap), expected)
+    torch.testing.assert_close(rescale[0](x), expected)
     assert first.weight.shape[2:] == second.weight.shape[2:] == rescale[1].weight.shape[2:] == (2, 2)
-    assert torch.equal(rescale[2](tap), tap)
-    assert torch.equal(rescale[3](tap)[0, 0, 1, 0], tap[0, 0, 2:, :2].max())
+    assert torch.equal(rescale[2](x), x) and torch.equal(rescale[3](x)[0, 0, 1, 0], x[0, 0, 2:, :2].max())
 
 
 @pytest.mark.parametrize("class_token", [True, False])
@@ -248,15 +255,14 @@ def test_what_the_heads_are_given(class_token):
     model.head.register_forward_pre_hook(lambda module, given: seen.extend(given[0]))
     logits, auxiliary = model(images)
     assert logits.shape == auxiliary[0].shape == (2, 5, 32, 48) and len(auxiliary) == 1
-    for tap, tokens in zip(seen, vit.layers(images, [0, 1, 2, 3])):
-        assert tap.shape == (2, 32, 4, 6)
-        torch.testing.assert_close(tap[1, :, 2, 3], tokens[1, class_token + 2 * 6 + 3])
+    for x, tokens in zip(seen, vit.layers(images, [0, 1, 2, 3])):
+        assert x.shape == (2, 32, 4, 6)
+        torch.testing.assert_close(x[1, :, 2, 3], tokens[1, class_token + 2 * 6 + 3])
     model = Segmenter(vit, config(head="linear"), "group").eval()
     small = F.linear(vit(images)[:, class_token:], model.head.weight[:, :, 0, 0], model.head.bias)
     small = small.transpose(1, 2).reshape(2, 5, 4, 6)
-    expected = F.interpolate(small, (32, 48), mode="bilinear", align_corners=False)
     logits, auxiliary = model(images)
-    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(logits, F.interpolate(small, (32, 48), mode="bilinear", align_corners=False))
     assert auxiliary == []
 
 
@@ -273,11 +279,12 @@ def test_who_is_trained():
                and not name.endswith("qkv.bias"))
 
 
-def test_norms_and_drop_path():
+def test_norms_drop_path_and_seed():
     groups = {768: 32, 256: 32, 128: 32, 48: 12, 16: 4, 6: 1, 3: 1, 30: 6}
     assert {channels: norm_layer("group", channels).num_groups for channels in groups} == groups
-    model = Segmenter(tiny(), config(drop_path=0.3), "batch")
-    assert [round(block.drop_path.rate, 6) for block in model.encoder.blocks] == [0.0, 0.1, 0.2, 0.3]
+    model, *others = (Segmenter(tiny(), config(drop_path=0.3, seed=seed), "batch") for seed in (0, 0, 1))
+    assert [round(block.drop_path.p, 6) for block in model.encoder.blocks] == [0.0, 0.1, 0.2, 0.3]
+    assert [differences(model.head.state_dict(), other.head.state_dict()) == [] for other in others] == [True, False]
     kinds = {type(module) for module in model.head.modules()}
     assert nn.BatchNorm2d in kinds and nn.GroupNorm not in kinds
     grouped = Segmenter(tiny(), config(), "group").head
@@ -285,10 +292,7 @@ def test_norms_and_drop_path():
     assert [module.p for module in grouped.modules() if isinstance(module, nn.Dropout2d)] == [0.1, 0.1]
 
 
-def test_the_head_is_drawn_from_the_seed():
-    models = [Segmenter(tiny(), config(seed=seed), "group") for seed in (0, 0, 1)]
-    first, again, other = (model.head.state_dict() for model in models)
-    assert differences(first, again) == [] and differences(first, other) != []
+# -- optimisation
 
 
 def test_loss_is_the_sum_over_all_pixels():
@@ -298,32 +302,22 @@ def test_loss_is_the_sum_over_all_pixels():
     total = sum(-np.log(p[b, labels[b, y, x], y, x]) for b in range(4) for y in range(6) for x in range(7)
                 if labels[b, y, x] != IGNORE)
     assert float(pixel_loss(logits, labels)) == pytest.approx(total / (4 * 6 * 7))
-    halves = (pixel_loss(logits[:2], labels[:2]) + pixel_loss(logits[2:], labels[2:])) / 2
-    torch.testing.assert_close(halves, pixel_loss(logits, labels))
-
-
-# -- optimisation
 
 
 def test_layer_decay_is_timms():
     timm = pytest.importorskip("timm")
     from timm.optim import param_groups_layer_decay
-    theirs = timm.models.VisionTransformer(**TINY, num_classes=3)
-    expected = {}
-    for group in param_groups_layer_decay(theirs, 0.05, theirs.no_weight_decay(), layer_decay=0.5):
-        names = {id(p): name for name, p in theirs.named_parameters()}
-        expected |= {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for p in group["params"]}
-    model = Segmenter(tiny(), config(), "group")
-    names, found = {id(p): name for name, p in model.named_parameters()}, {}
-    for group in layer_groups(model, model.encoder, 0.05, 0.5):
-        for parameter in group["params"]:
-            assert names[id(parameter)] not in found
-            found[names[id(parameter)]] = (group["lr_scale"], group["weight_decay"])
+    theirs, model = timm.models.VisionTransformer(**TINY, num_classes=3), Segmenter(tiny(), config(), "group")
+
+    def rates(module, groups):
+        names = {id(p): name for name, p in module.named_parameters()}
+        return {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    groups = param_groups_layer_decay(theirs, 0.05, theirs.no_weight_decay(), layer_decay=0.5)
+    expected, found = rates(theirs, groups), rates(model, layer_groups(model, model.encoder, 0.05, 0.5))
     for name in expected:
         if name.split(".")[0] in ("blocks", "patch_embed", "cls_token"):
             assert found[f"encoder.{name}"] == expected[name], name
-    assert found["encoder.cls_token"] == (0.5**5, 0.0)
-    assert found["encoder.blocks.3.mlp.fc1.weight"] == (0.5, 0.05)
     assert found["head.fuse.0.weight"] == (1.0, 0.05) and found["head.fuse.1.weight"] == (1.0, 0.0)
     assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -339,13 +333,13 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_recipes_of_the_papers():
-    plain = Config(checkpoint="x")
     facts = dict(batch_size=16, img_size=512, warmup_steps=1500, weight_decay=0.05)
-    assert {name: getattr(plain, name) for name in facts} == facts
-    names = ("steps", "lr", "layer_decay", "drop_path")
+    assert {name: getattr(Config(checkpoint="x"), name) for name in facts} == facts
 
     def recipe(depth, **flags):
-        return tuple(getattr(with_recipe(Config(checkpoint="x", **flags), depth), name) for name in names)
+        resolved = with_recipe(Config(checkpoint="x", **flags), 7, depth)
+        assert resolved.num_classes == 7
+        return resolved.steps, resolved.lr, resolved.layer_decay, resolved.drop_path
 
     assert recipe(12) == (160_000, 1e-4, 0.65, 0.1) and recipe(24) == (160_000, 4e-5, 0.95, 0.15)
     assert recipe(24, lr=1.0, drop_path=0.0) == (160_000, 1.0, 0.95, 0.0)
@@ -369,57 +363,43 @@ def test_ids_become_labels():
     for bad, flags in ((5, {}), (5, dict(reduce_zero_label=True, num_classes=4)), (300, {})):
         with pytest.raises(ValueError, match=f"^f holds the id {bad}, which is none of the"):
             to_labels(image, torch.full((1, 6), bad), "f", config(**flags))
-    with pytest.raises(ValueError, match="f is 1 x 5, but its image has 1 x 6 pixels"):
-        to_labels(image, ids[:, :5], "f", config())
-    with pytest.raises(ValueError, match="f is 1 x 6 x 3, but"):
-        to_labels(image, ids[..., None].expand(1, 6, 3), "f", config())
-
-
-def test_sizes_keep_the_aspect():
-    assert scaled_size((480, 640), 512) == [512, 683] and scaled_size((640, 480), 256) == [341, 256]
-    assert scaled_size((100, 800), 512) == [256, 2048]  # 2048 x 512 bounds the long side too
-    assert scaled_size((1, 1000), 32) == [1, 128]
-
-
-class Recorded(LabelMaps):
-    """A data set of one image, whose red is ten times its label."""
-
-    def __init__(self, labels):
-        pixels = torch.stack([labels * 10, 255 - labels, labels * 0])[None].byte()
-        super().__init__(common.Images(pixels), labels[None], map(str, range(5)), "recorded")
+    for shape in ((1, 5), (3, 1, 6)):
+        with pytest.raises(ValueError, match="f has the shape"):
+            to_labels(image, torch.zeros(shape), "f", config())
 
 
 @pytest.mark.parametrize("size", [(40, 90), (90, 40), (20, 24)])
 def test_crops_keep_labels_on_their_pixels(monkeypatch, size):
-    """Four flat quarters: what is red must be labelled so, however scaled, cut and flipped."""
+    """Four flat quarters, whose red is ten times the label, however scaled, cut and flipped."""
     monkeypatch.setattr(segment, "distort", lambda image: image)
-    labels = ((torch.arange(size[0])[:, None] * 2 // size[0]) * 2 + torch.arange(size[1]) * 2 // size[1])
-    samples, flips, shapes = common.Samples(Recorded(labels), Augment(config()), 0), 0, set()
+    labels = torch.arange(size[0])[:, None] * 2 // size[0] * 2 + torch.arange(size[1]) * 2 // size[1]
+    pixels = torch.stack([labels * 10, 255 - labels, labels * 0])[None].byte()
+    data = LabelMaps(common.Images(pixels), labels[None], map(str, range(5)), "quarters")
+    first, other = (common.Samples(data, functools.partial(augment, config()), seed) for seed in (0, 1))
+    flips, shapes = 0, set()
     for epoch in range(60):
-        image, crop = samples[epoch, 0]
+        image, crop = first[epoch, 0]
         assert image.shape == (3, 32, 32) and crop.shape == (32, 32)
         assert image.dtype == crop.dtype == torch.uint8
         kept = crop != IGNORE
         near = (image[0].float() - 10 * crop.float()).abs() <= 3
         assert near[kept].float().mean() > 0.85
-        assert (image[:, ~kept] == torch.tensor(segment.MEAN_COLOUR)[:, None]).all()
+        assert (image[:, ~kept] == torch.tensor(MEAN_COLOUR)[:, None]).all()
         rows, columns = kept.any(dim=1), kept.any(dim=0)
         assert kept.sum() == rows.sum() * columns.sum() and kept[0, 0]  # padded below and to the right
-        first, last = crop[0, 0] % 2, crop[0, columns.sum() - 1] % 2
-        flips += int(first > last) - int(first < last)
+        left, right = crop[0, 0] % 2, crop[0, columns.sum() - 1] % 2
+        flips += int(left > right) - int(left < right)
         shapes.add((int(rows.sum()), int(columns.sum())))
     assert abs(flips) < 30 and (len(shapes) > 10 if max(size) < 40 else (32, 32) in shapes)
-    again, other = samples[3, 0], common.Samples(Recorded(labels), Augment(config()), 1)[3, 0]
-    assert differences(again, samples[3, 0]) == [] and differences(again, other) != []
+    assert differences(first[3, 0], first[3, 0]) == [] and differences(first[3, 0], other[3, 0]) != []
 
 
 def test_scale_is_from_half_to_twice_the_crop(monkeypatch):
     asked = []
     monkeypatch.setattr(segment, "scaled_size", lambda size, short: asked.append(short) or [64, 64])
-    augment, labels = Augment(config()), integers(5, 40, 40)
     for seed in range(200):
         torch.manual_seed(seed)
-        augment(torch.zeros(3, 40, 40, dtype=torch.uint8), labels, "f")
+        augment(config(), torch.zeros(3, 40, 40, dtype=torch.uint8), integers(5, 40, 40), "f")
     assert 16 <= min(asked) < 18 and 62 < max(asked) <= 64 and abs(np.mean(asked) - 40) < 3
 
 
@@ -430,11 +410,11 @@ def test_no_class_fills_more_than_three_quarters_of_a_crop():
     labels[:, 300:] = integers(5, 5, 5).repeat_interleave(20, 0).repeat_interleave(20, 1)
     for seed in range(60):
         torch.manual_seed(seed)
-        crop = Augment(config())(image, labels, "f")[1]
+        crop = augment(config(), image, labels, "f")[1]
         counts = crop[crop != IGNORE].int().bincount()
         fine += bool(counts.max() <= 0.75 * counts.sum())
     assert 48 < fine < 60
-    assert Augment(config())(image, 0 * labels, "f")[1].unique().tolist() == [0]  # gives up
+    assert augment(config(), image, 0 * labels, "f")[1].unique().tolist() == [0]  # gives up
 
 
 def test_distortion_is_torchvisions_in_range_and_share():
@@ -442,11 +422,9 @@ def test_distortion_is_torchvisions_in_range_and_share():
     theirs = v2.RandomPhotometricDistort()
     assert theirs.brightness == (0.875, 1.125) and theirs.contrast == theirs.saturation == (0.5, 1.5)
     assert theirs.hue == (-0.05, 0.05) and theirs.p == 0.5
+    torch.manual_seed(0)
     grey = torch.full((3, 4, 4), 160, dtype=torch.uint8)  # brightness alone changes it, but for rounding
-    values = []
-    for seed in range(400):
-        torch.manual_seed(seed)
-        values.append(distort(grey).float().mean().item())
+    values = [distort(grey).float().mean().item() for _ in range(400)]
     changed = [value for value in values if abs(value - 160) > 1]
     assert 0.4 < len(changed) / 400 < 0.6
     assert 138 <= min(changed) < 144 and 176 < max(changed) <= 180
@@ -468,11 +446,7 @@ def test_distortion_is_torchvisions_in_range_and_share():
 def test_distortion_has_brightness_first_and_contrast_before_or_after_colour(monkeypatch):
     orders, called = set(), []
     for name in ("brightness", "contrast", "saturation", "hue"):
-        def step(image, by, name=name):
-            called.append(name)
-            return image
-
-        monkeypatch.setattr(segment.TF, f"adjust_{name}", step)
+        monkeypatch.setattr(segment.TF, f"adjust_{name}", lambda image, by, name=name: called.append(name))
     for seed in range(400):
         torch.manual_seed(seed)
         called.clear()
@@ -482,15 +456,6 @@ def test_distortion_has_brightness_first_and_contrast_before_or_after_colour(mon
     assert len(orders) == 16 + 6  # subsets, and the other place of contrast where there is a colour step
 
 
-def test_views_resize_the_image_not_the_labels(tmp_path):
-    data = find_maps(config(data=str(write_maps(tmp_path)), num_classes=3, ignore_index=11), "val")
-    view, labels = Views(data, config(num_classes=3, ignore_index=11))[2]
-    image, ids, name = data[2]
-    assert view.shape == (3, 32, 53) and labels.shape == (36, 60) and name.endswith("2.png")
-    assert torch.equal(labels, ids.masked_fill(ids == 11, IGNORE).byte())
-    assert torch.equal(view, v2.functional.resize(image, [32, 53], antialias=True))
-
-
 def test_folders_are_read_with_partners_in_order(tmp_path):
     root = write_maps(tmp_path, names=("training", "validation"), kind="JPEG")
     data = find_maps(config(data=str(root)), "train")
@@ -498,43 +463,64 @@ def test_folders_are_read_with_partners_in_order(tmp_path):
     for index, size in enumerate([(40, 48), (48, 40), (36, 60)]):
         image, ids, name = data[index]
         assert image.shape == (3, *size) and ids.shape == size and name.endswith(f"training/town/{index}.png")
+    path = root / "annotations" / "training" / "town" / "0.png"
+    ids = integers(3, 40, 48)
+    coloured = Image.fromarray(ids.numpy(), mode="P")
+    coloured.putpalette([200, 1, 2, 3, 100, 5, 6, 7, 50] + [0] * 759)
+    coloured.save(path)  # of a palette the indices count
+    assert torch.equal(find_maps(config(data=str(root)), "train")[0][1], ids.int())
+    Image.fromarray(ids.numpy().astype(np.uint16) + 1000).save(path)
+    assert torch.equal(find_maps(config(data=str(root)), "train")[0][1], ids.int() + 1000)
     (root / "classes.txt").write_text("road\nsky\n\ncar park\n")
     assert find_maps(config(data=str(root), num_classes=0), "val").classes == ("road", "sky", "car park")
     assert find_maps(config(data="scenes"), "val").classes[:3] == ("sky", "ground", "house")
 
 
-def test_palette_pngs_give_their_indices(tmp_path):
-    write_maps(tmp_path, sizes=((8, 8),))
-    path = tmp_path / "annotations" / "train" / "town" / "0.png"
-    ids = integers(3, 8, 8)
-    coloured = Image.fromarray(ids.numpy(), mode="P")
-    coloured.putpalette([200, 1, 2, 3, 100, 5, 6, 7, 50] + [0] * 759)
-    coloured.save(path)
-    assert torch.equal(find_maps(config(data=str(tmp_path)), "train")[0][1], ids.int())
-    Image.fromarray(ids.numpy().astype(np.uint16) + 1000).save(path)
-    assert torch.equal(find_maps(config(data=str(tmp_path)), "train")[0][1], ids.int() + 1000)
+def test_bad_data_is_named(encoder, tmp_path, capsys):
+    root = write_maps(tmp_path / "a")
+
+    def refuses(pattern, *more):
+        assert run(encoder, "--batch_size=3", *GIVEN, *more, out=tmp_path / "run", data=root) == 1
+        assert pattern in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "run" / "last.pt").exists()
+
+    annotation, test = (root / "annotations" / split / "town" / "1.png" for split in ("train", "val"))
+    image, whole = root / "images" / "train" / "town" / "1.jpg", annotation.read_bytes()
+    annotation.write_bytes((root / "annotations" / "train" / "town" / "0.png").read_bytes())
+    refuses("train/town/1.png has the shape (40, 48), its image (48, 40)")
+    annotation.unlink()
+    refuses("images/train/town/1.jpg has no partner")
+    annotation.write_bytes(whole)
+    image.rename(image.with_name("2b.jpg"))
+    refuses("has no partner")
+    image.with_name("2b.jpg").rename(image)
+    test.with_name("0.png").write_bytes(b"junk")
+    refuses("val/town/0.png cannot be read as a label map")
+    (root / "classes.txt").write_text("a\nb\n")
+    refuses("classes.txt has 2 names")
+    (root / "classes.txt").unlink()
+    for count in (0, 256):
+        refuses(f"--num_classes is {count}", f"--num_classes={count}")
 
 
-# -- pictures
+def test_overlays_paint_truth_and_prediction_but_no_ignored_pixel(tmp_path):
+    """Label 1 on the left, none on the right; predicted: label 0 everywhere."""
+    image, ids = integers(256, 1, 3, 240, 240), torch.ones(1, 240, 240)
+    ids[..., 120:] = 255
 
+    class Zero(nn.Module):
+        def forward(self, images):
+            return F.one_hot(torch.zeros(len(images), 32, 32).long(), 5).permute(0, 3, 1, 2).float(), []
 
-def test_colours_are_far_apart():
-    colours = palette(150).float()
-    distances = torch.cdist(colours, colours) + 1e9 * torch.eye(150)
-    assert colours.shape == (150, 3) and distances.min() > 25
-    assert (torch.cdist(colours[:12], colours[:12]) + 1e9 * torch.eye(12)).min() > 90
-    assert torch.equal(palette(12), palette(150)[:12])
-
-
-def test_overlay_paints_all_but_ignored_pixels():
-    image, colours = integers(256, 3, 4, 5), torch.tensor([[250, 0, 0], [0, 100, 200]], dtype=torch.uint8)
-    labels = torch.tensor([[0, 1, IGNORE, 0, 0]] * 4, dtype=torch.uint8)
-    painted = overlay(image, labels, colours)
-    assert painted.dtype == torch.uint8 and torch.equal(painted[:, :, 2], image[:, :, 2])
-    grey = image.float().mean(dim=0)
-    for column, label in ((0, 0), (1, 1), (4, 0)):
-        expected = 0.4 * grey[:, column] + 0.6 * colours[label].float()[:, None]
-        assert (painted[:, :, column].float() - expected).abs().max() <= 1
+    data = LabelMaps(common.Images(image), ids, "abcde", "one")
+    draw_overlays(tmp_path / "o.png", Zero(), data, config(), CPU)
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "o.png"))).permute(2, 0, 1).float()
+    shown, truth, predicted, names = (sheet[:, 22: 262, 6 + 246 * place: 246 + 246 * place] for place in range(4))
+    grey = v2.functional.rgb_to_grayscale(image[0], 3).float()
+    assert torch.equal(shown.byte(), image[0]) and torch.equal(truth[..., 120:], grey[..., 120:])
+    paint = [((panel - 0.4 * grey)[..., :120] / 0.6).mean(dim=(1, 2)) for panel in (truth, predicted)]
+    assert (paint[0] - paint[1]).abs().max() > 50 and (predicted - grey).abs().mean() > 20
+    assert set(names.flatten(1).unique(dim=1).sum(dim=0).bool().tolist()) == {False, True}  # text on black
 
 
 # -- runs
@@ -550,9 +536,9 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def trained(encoder, maps, tmp_path_factory):
-    """The folder of a run on the maps that nothing disturbed."""
+    """The folder of a run on the maps."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    assert run(encoder, *GIVEN, "--drop_path=0.3", "--micro_batch=2", "--fresh", out=out, data=maps) == 0
+    assert run(encoder, *GIVEN, "--drop_path=0.3", "--micro_batch=2", out=out, data=maps) == 0
     return out
 
 
@@ -568,219 +554,66 @@ def test_a_run_writes_model_encoder_result_and_pictures(trained, encoder, maps):
     assert line["kind"] == "segment" and line["protocol"] == "upernet" and line["val_images"] == 8
     assert (line["train_images"], line["norm"], line["step"], line["device"]) == (8, "group", 6, "cpu")
     assert len(line["iou"]) == 3 and 0 < line["miou"] <= line["aacc"] < 100
-    picture = Image.open(trained / "overlays.png")
-    assert picture.width == 960 and picture.height > 600
-    assert torch.isfinite(common.read_safetensors(trained / "encoder.safetensors")["cls_token"]).all()
+    assert (trained / "overlays.png").exists() and "blocks.3.norm1.weight" in load_file(trained / "encoder.safetensors")
 
 
 def test_the_first_loss_is_that_of_the_formula(trained, maps):
-    """Of the crops that the loader gives: cross-entropy of the head and 0.4 of the auxiliary one's."""
-    settings = Config(**load(trained)["config"])
-    plan = common.make_plan(8, 4, 2, 1, 1)
-    samples = common.Samples(find_maps(settings, "train"), Augment(settings), settings.seed)
-    model, losses = Segmenter(tiny(), settings, "group").train(), []
-    for micro, (images, labels) in enumerate(common.training_loader(samples, plan, ONE, settings, 0, 1)):
+    """Cross-entropy of the head and 0.4 of the auxiliary one's, in the order and crops of the seed."""
+    settings, losses = Config(**load(trained)["config"]), []
+    samples = common.Samples(find_maps(settings, "train"), functools.partial(augment, settings), 0)
+    model = Segmenter(tiny(), settings, "group").train()
+    for micro, keys in enumerate(common.micro_batch_keys(8, common.make_plan(8, 4, 2, 1, 1), ONE, 0, 0, 1)):
+        images, labels = torch.utils.data.default_collate([samples[key] for key in keys])
         torch.manual_seed(common.seed_for(0, "step", 0, 2 * micro))
         mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         logits, (auxiliary,) = model((images / 255 - mean) / std)
         for x, weight in ((logits, 1.0), (auxiliary, 0.4)):
-            p = x.log_softmax(dim=1)
-            kept = labels < IGNORE
-            picked = p.gather(1, labels.long().clamp(max=2)[:, None])[:, 0][kept]
-            losses.append(-weight * float(picked.detach().sum()) / labels.numel())
+            p = x.log_softmax(dim=1).gather(1, labels.long().clamp(max=2)[:, None])[:, 0][labels < IGNORE]
+            losses.append(-weight * float(p.detach().sum()) / labels.numel())
     assert numbers(trained)[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_eval_only_needs_nothing_but_last_pt(trained, encoder, maps, tmp_path, capsys):
     (tmp_path / "last.pt").write_bytes((trained / "last.pt").read_bytes())
-    given = ["--eval_only", "--data", maps, "--device=cpu", "--workers=0"]
-    assert call(*given, "--checkpoint", tmp_path, main=main) == 0
+    given = ["--eval_only", "--data", maps, "--device=cpu", "--workers=0", "--checkpoint"]
+    assert call(*given, tmp_path, main=main) == 0
     first = next(line for line in results(encoder.parent) if line["data"] == str(maps))
     (again,) = results(tmp_path)
     assert all(again[name] == first[name] for name in ("miou", "aacc", "macc", "iou"))
     assert (tmp_path / "overlays.png").read_bytes() == (trained / "overlays.png").read_bytes()
-    assert call(*given, "--checkpoint", encoder, main=main) == 1
-    assert call(*given, "--checkpoint", tmp_path / "none.pt", main=main) == 1
     torch.save(dict(kind="pretraining"), tmp_path / "other.pt")
-    capsys.readouterr()
-    assert call(*given, "--checkpoint", tmp_path / "other.pt", main=main) == 1
+    assert call(*given, tmp_path / "other.pt", main=main) == 1
     assert "not from a segmentation run" in capsys.readouterr().err
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(trained, encoder, maps, tmp_path, capsys):
-    given = [*GIVEN, "--drop_path=0.3", "--micro_batch=2"]
-    assert run(encoder, *given, "--max_steps=4", out=tmp_path / "run", data=maps) == 0
-    assert "--eval_only --checkpoint" in capsys.readouterr().out  # not tested yet
-    assert run(encoder, *given, out=tmp_path / "run", data=maps) == 0
-    assert_same_run(tmp_path / "run", trained)
-    assert len(numbers(trained)) == 6
-    capsys.readouterr()
-    assert run(encoder, *given, out=tmp_path / "run", data=maps) == 0
-    assert "is at its last step" in capsys.readouterr().out
-    assert run(encoder, *given, "--seed=1", out=tmp_path / "run", data=maps) == 1
-    assert "--seed was 0" in capsys.readouterr().err
-
-
-def test_micro_batches_add_up_to_the_batch(encoder, maps, tmp_path):
-    """Without dropout's draws the loss and the weights are those of one batch of four."""
-    for name, flags in (("one", []), ("two", ["--micro_batch=2"])):
-        given = [*GIVEN, "--head=linear", *flags]
-        assert run(encoder, *given, out=tmp_path / name, data=maps) == 0
-    for one, two in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two")):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
-
-
-def test_linear_head_leaves_the_encoder_alone(encoder, tmp_path):
-    assert run(encoder, "--head=linear", "--max_steps=3", out=tmp_path) == 0
-    before, after = map(common.read_safetensors, (encoder, tmp_path / "encoder.safetensors"))
-    assert differences(before, after) == []
+@pytest.mark.parametrize("more", [[], ["--random_init"]])
+def test_linear_head_leaves_the_encoder_alone(encoder, tmp_path, more):
+    assert run(encoder, "--head=linear", "--max_steps=3", *more, out=tmp_path) == 0
+    torch.manual_seed(0)
+    expected = common.ViT(**TINY).state_dict() if more else load_file(encoder)
+    assert differences(dict(expected), load_file(tmp_path / "encoder.safetensors")) == []
     assert set(load(tmp_path)["optimizer"]["state"]) == {0, 1}
 
 
-def test_random_init_has_other_weights_of_the_same_shape(encoder, tmp_path):
-    assert run(encoder, "--head=linear", "--random_init", "--max_steps=1", out=tmp_path) == 0
-    before, after = map(common.read_safetensors, (encoder, tmp_path / "encoder.safetensors"))
-    assert before.keys() == after.keys() and not torch.equal(before["cls_token"], after["cls_token"])
-    torch.manual_seed(0)
-    expected = common.ViT(**{**TINY, "mlp_ratio": 4.0}).state_dict()
-    assert differences({name: after[name] for name in expected}, dict(expected)) == []
-
-
-def test_the_scenes_are_learnt(encoder, tmp_path, capsys):
+def test_the_scenes_are_learnt(tmp_path):
     """Forty steps are enough to tell sky and ground apart, which the commonest class cannot."""
     export(tiny(), tmp_path / "encoder.safetensors")
     given = ["--steps=40", "--batch_size=8", "--lr=2e-3", "--layer_decay=0.9"]
     assert call("--checkpoint", tmp_path, "--data", "scenes", *FLAGS, *given, main=main) == 0
     (line,) = results(tmp_path)
     assert line["aacc"] > line["commonest_aacc"] + 10 and line["miou"] > 2 * line["commonest_miou"]
-    out = capsys.readouterr().out
-    assert "GroupNorm (1 processes, cpu)" in out and (tmp_path / "segment_upernet" / "overlays.png").exists()
     losses = [entry["loss"] for entry in read_log(tmp_path / "segment_upernet")]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_the_cost_is_that_of_a_real_step(encoder, tmp_path, capsys):
-    settings = config(num_classes=12, channels=16)
-    for head in ("upernet", "linear"):
-        assert run(encoder, "--max_steps=1", f"--head={head}", out=tmp_path / head) == 0
-        said = float(re.search(r"cost +([\d.]+) GFLOP", capsys.readouterr().out)[1])
-        model = Segmenter(tiny(), dataclasses.replace(settings, head=head), "group")
-
-        def step():
-            logits, auxiliary = model(random(1, 3, 32, 32))
-            sum([logits, *auxiliary]).sum().backward()
-
-        assert said == pytest.approx(common.count_flops(step) / 1e9, abs=0.051)
-
-
-def test_evaluation_drops_nothing_and_shares_the_images():
-    model = Segmenter(tiny(), config(num_classes=12, drop_path=0.5, head="upernet"), "group").train()
-    settings = config(num_classes=12, data="scenes")
-    data = find_maps(settings, "val")
-    data.images.pixels, data.maps = data.images.pixels[:7], data.maps[:7]
-    whole = evaluate(model, data, settings, ONE)
-    assert whole.sum() == 7 * 32 * 32 and torch.equal(whole, evaluate(model.train(), data, settings, ONE))
-
-    class Part(common.Processes):
-        def sum(self, tensor):
-            return tensor
-
-    parts = [evaluate(model, data, settings, Part(rank, 3, CPU)) for rank in range(3)]
-    assert [int(part.sum()) for part in parts] == [3 * 1024, 2 * 1024, 2 * 1024]
-    assert torch.equal(sum(parts), whole)
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_two_micro_batches(encoder, maps, tmp_path):
-    given = ["--checkpoint", encoder, "--data", maps, *FLAGS, *GIVEN, "--micro_batch=2", "--drop_path=0.3"]
-    for count in (1, 2):
-        script = ["-m", "eval.segment"]
-        process = start(*given, "--out", tmp_path / str(count), script=script, processes=count)
-        code, out, err = finish(process, seconds=300)
-        assert code == 0, err
-    assert "GroupNorm (2 processes, cpu)" in out and out.count("loaded ") == 1
-    for one, two in zip(numbers(tmp_path / "1"), numbers(tmp_path / "2")):
-        assert one == pytest.approx(two, rel=1e-4)
-    one, two = (load(tmp_path / name)["model"] for name in "12")
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-    first, second = [line for line in results(encoder.parent) if line["data"] == str(maps)][-2:]
-    assert abs(first["miou"] - second["miou"]) < 0.5 and abs(first["aacc"] - second["aacc"]) < 0.5
-
-
-# -- what users get wrong
-
-
-def refuses(capsys, pattern, *flags):
-    capsys.readouterr()
-    assert call(*flags, main=main) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(pattern, error), error
-
-
-def test_bad_data_is_one_sentence_with_the_files_name(encoder, tmp_path, capsys):
-    given = ["--checkpoint", encoder, *FLAGS, "--batch_size=3", *GIVEN, "--data"]
-    root, out = write_maps(tmp_path / "a"), ["--out", tmp_path / "run"]
-    annotation, image = (root / kind / "train" / "town" / name for kind, name in (
-        ("annotations", "1.png"), ("images", "1.jpg")))
-    whole = annotation.read_bytes()
-    Image.fromarray(np.zeros((5, 7), np.uint8)).save(annotation)
-    refuses(capsys, r"train/town/1.png is 5 x 7, but its image has 48 x 40 pixels", *given, root, *out)
-    Image.fromarray(np.full((48, 40), 9, np.uint8)).save(annotation)
-    refuses(capsys, r"train/town/1.png holds the id 9, which is none of the 3 classes", *given, root, *out)
-    Image.fromarray(np.zeros((48, 40, 3), np.uint8)).save(annotation)
-    refuses(capsys, r"train/town/1.png is 48 x 40 x 3, but", *given, root, *out)
-    annotation.write_bytes(whole)
-    pixels = image.read_bytes()
-    image.unlink()
-    refuses(capsys, r"annotations/train/town/1.png has no partner in \S+a/images", *given, root)
-    image.write_bytes(pixels)
-    annotation.unlink()
-    refuses(capsys, r"images/train/town/1.jpg has no partner in \S+a/annotations", *given, root)
-    annotation.write_bytes(whole)
-    test = root / "annotations" / "val" / "town" / "0.png"
-    test.write_bytes(b"junk")
-    refuses(capsys, r"val/town/0.png cannot be read as a label map", *given, root, *out)
-    assert not (tmp_path / "run" / "last.pt").exists()
-    refuses(capsys, r"no folder images/train/ or images/training/", *given, tmp_path)
-    (root / "classes.txt").write_text("a\nb\n")
-    refuses(capsys, r"classes.txt names 2 classes, --num_classes 3", *given, root)
-    (root / "classes.txt").unlink()
-    refuses(capsys, r"classes.txt names 0 classes, --num_classes 0", *given, root, "--num_classes=0")
-    (tmp_path / "b" / "images" / "train").mkdir(parents=True)
-    (tmp_path / "b" / "annotations" / "train").mkdir(parents=True)
-    refuses(capsys, r"b/annotations/train", *given, tmp_path / "b")
-
-
-def test_bad_flags_are_one_sentence(encoder, maps, tmp_path, capsys):
-    given = ["--checkpoint", encoder, "--data", maps, "--out", tmp_path / "run", *FLAGS, *GIVEN]
-    refuses(capsys, "--checkpoint is missing", "--data", maps)
-    refuses(capsys, "no checkpoint at", "--data", maps, "--checkpoint", tmp_path / "x")
-    refuses(capsys, "--num_classes 300 is above 255", *given, "--num_classes=300")
-    refuses(capsys, "--warmup_steps 9 must be below --steps 6", *given, "--warmup_steps=9")
-    refuses(capsys, "not a multiple of the patch size", *given, "--img_size=36")
-    refuses(capsys, r"8 pixels has \(1, 1\) patches, too few", *given, "--img_size=8")
-    refuses(capsys, "less than one batch of 20", *given, "--batch_size=20")
-    refuses(capsys, "did you mean --head", *given, "--heads=2")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_of_several_gpus_needs_several(encoder, maps, tmp_path, capsys):
-    given = ["--checkpoint", encoder, "--data", maps, "--out", tmp_path, *FLAGS, *GIVEN]
-    assert call(*given, "--max_steps=1", main=main) == 0
-    torch.save({**load(tmp_path), "norm": "batch"}, tmp_path / "last.pt")
-    refuses(capsys, "has SyncBatchNorm: go on with several GPUs", *given)
-
-
-def test_batch_norm_is_rebuilt_for_testing(encoder, maps, tmp_path):
+def test_batch_norm_is_rebuilt_for_testing(maps, tmp_path):
     """A last.pt of several GPUs is tested anywhere, with the statistics it learnt."""
     settings = config(num_classes=3, ignore_index=11, data=str(maps), channels=16)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Segmenter(tiny(), settings, "batch"))
     fill(model.head, 4)
-    torch.save(dict(kind="segmentation", step=3, config=dataclasses.asdict(settings), encoder=model.encoder.config,
-                    norm="batch", model=model.state_dict()), tmp_path / "last.pt")
+    torch.save(dict(kind="segmentation", step=3, config=dataclasses.asdict(settings), norm="batch",
+                    encoder=model.encoder.config, model=model.state_dict()), tmp_path / "last.pt")
     given = ["--eval_only", "--checkpoint", tmp_path, "--data", maps, "--device=cpu", "--workers=0"]
     assert call(*given, main=main) == 0
-    (line,) = results(tmp_path)
     expected = scores(evaluate(model, find_maps(settings, "val"), settings, ONE))
-    assert line["miou"] == pytest.approx(expected["miou"]) and line["iou"] == expected["iou"]
+    assert results(tmp_path)[0]["iou"] == expected["iou"]
