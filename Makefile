@@ -1,8 +1,8 @@
-# make demo      pre-train on the built-in images and probe the features, two minutes on a laptop
-# make demo-mfm  the same for MAE and for MFM, side by side
+# make demo         pre-trains CAE v2 on the built-in images and probes its features: minutes on a laptop
+# make demo-mfm     the same for MAE and for MFM, side by side
 # make demo-beyond  the same for each task of Beyond Masking, the two best-known ones at length
-# make test      the test suite
-# Both make .venv when it is missing. PYTHON=/path/to/python uses an existing environment instead.
+# make test         the test suite
+# Each makes .venv when it is missing. PYTHON=/path/to/python uses an existing environment instead.
 
 ifdef PYTHON
 ENVIRONMENT :=

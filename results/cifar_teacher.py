@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
-from demo.teacher import CLIP, CONTEXT, HERE, WORDS, clip_loss, normalise, train, write
+from demo.teacher import CLIP, CONTEXT, HERE, WORDS, clip_loss, normalise, train, write  # noqa: E402
+from eval.data import find_labelled  # noqa: E402
 
 STEPS = 2000
 
@@ -39,7 +39,7 @@ def main(data, out):
     torch.manual_seed(0)
     open_clip.add_model_config(HERE / "tiny_clip.json")
     model, log, start = open_clip.create_model("tiny_clip"), [], time.time()
-    (images, labels), (test, test_labels) = (pixels(common.find_data(data, split)) for split in ("train", "val"))
+    (images, labels), (test, test_labels) = (pixels(find_labelled(data, split, 32)) for split in ("train", "val"))
     tokens = captions(labels)
 
     def loss_of(ids):

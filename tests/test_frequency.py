@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 from eval import frequency, plot
+from eval.data import find_labelled
 from eval.encoders import load_encoder
-from eval.frequency import curves, pick_images, relative_log_amplitude
-from helpers import call
+from eval.frequency import Config, curves, pick_images, relative_log_amplitude
+from eval.protocol import random_encoder
+from helpers import ROOT, call, sentence
+from test_linear_probe import ONE, results
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "mfm_mae.pt", weights_only=True)
+TWO = Config(checkpoint="x", batch_size=2, workers=0)
 
 
 def by_hand(features, g):
@@ -53,18 +58,14 @@ def test_only_square_grids(shape, grid):
         relative_log_amplitude(torch.zeros(shape), grid)
 
 
-class Config:
-    batch_size, workers = 2, 0
-
-
 @pytest.mark.parametrize("name", ["mae", "mfm"])
 def test_golden_curves(tmp_path, monkeypatch, name):
     case = GOLDEN[name]
     torch.save({dict(mae="model", mfm="state_dict")[name]: case["state_dict"]}, tmp_path / "x.pth")
     vit = load_encoder(tmp_path / "x.pth", num_heads=4)
     monkeypatch.setattr(common, "normalise", lambda images: images)  # the golden ones are normalised
-    images = common.Images(case["images"])
-    ours = curves(vit, images, Config, torch.device("cpu"))  # in batches of 2 and 1
+    images = common.Images(case["images"], name="golden")
+    ours = curves(vit, images, TWO, ONE)  # in batches of 2 and 1
     assert ours.shape == (1 + len(vit.blocks), 2)
     torch.testing.assert_close(ours, case["vit_fourier_rel_log_amp"], atol=1e-5, rtol=0)
 
@@ -73,7 +74,7 @@ def test_encoders_without_class_token():
     torch.manual_seed(0)
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     vit = common.ViT(32, 4, embed_dim=16, depth=2, num_heads=2, class_token=False)
-    ours = curves(vit, common.Images(images), Config, torch.device("cpu"))
+    ours = curves(vit, common.Images(images, name="x"), TWO, ONE)
     tokens = vit.layers(common.normalise(images), [1])[0].detach()
     assert ours[2].numpy() == pytest.approx(by_hand(tokens, 8), abs=1e-4)
 
@@ -90,24 +91,28 @@ def run(tmp_path):
     torch.manual_seed(1)
     folder = tmp_path / "run"
     common.save_encoder(common.ViT(32, 8, embed_dim=16, depth=2, num_heads=2), folder / "encoder.safetensors")
-    lines = [dict(step=step, loss=1 / step, weight_0=0.4 + step / 100, weight_1=0.6 - step / 100) for step in (5, 10, 15)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_log(folder, *(dict(step=step, loss=1 / step, lr=1, weight_0=0.4 + step / 100, weight_1=0.6 - step / 100)
+                        for step in (5, 10, 15)))
     return folder
+
+
+def write_log(folder, *lines, rest=""):
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + rest)
 
 
 def test_command(run, capsys):
     argv = ["--checkpoint", run, "--data", "scenes", "--images", 40, "--device", "cpu"]
     assert call(*argv, main=frequency.main) == 0
-    result, line = json.loads((run / "frequency.json").read_text()), json.loads((run / "eval.jsonl").read_text())
-    vit, images = load_encoder(run), pick_images(common.find_data("scenes", "val", 32), 40)
-    expected = curves(vit, images, Config, torch.device("cpu"))
-    torch.testing.assert_close(torch.tensor(result["encoder"]), expected, atol=1e-5, rtol=0)
-    torch.manual_seed(0)
-    floor = curves(common.ViT(**vit.config), images, Config, torch.device("cpu"))
-    torch.testing.assert_close(torch.tensor(result["random_init"]), floor, atol=1e-5, rtol=0)
+    result, (line,) = json.loads((run / "frequency.json").read_text()), results(run)
+    vit, images = load_encoder(run), pick_images(find_labelled("scenes", "val", 32), 40)
+    for name, encoder in (("encoder", vit), ("random_init", random_encoder(vit, 0))):
+        expected = curves(encoder, images, TWO, ONE)
+        torch.testing.assert_close(torch.tensor(result[name]), expected, atol=1e-5, rtol=0)
     assert line["kind"] == "frequency" and line["val_images"] == result["images"] == 40
-    assert line["last_block"] == result["encoder"][-1][-1] and line["random_init"] == result["random_init"][-1][-1]
-    assert f"pre-trained {line['last_block']:.2f}" in capsys.readouterr().out
+    last = line["last_block"], line["random_init"]
+    assert last == (result["encoder"][-1][-1], result["random_init"][-1][-1]) and last[0] != last[1]
+    assert f"random init {last[1]:.2f}, pre-trained {last[0]:.2f}" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert (run / "frequency.png").read_bytes().startswith(b"\x89PNG")
 
@@ -128,50 +133,59 @@ def test_without_matplotlib_the_numbers_are_written(run, monkeypatch, capsys):
 
 
 def test_bad_commands(run, tmp_path, capsys):
-    common.save_encoder(common.ViT((16, 32), 8, embed_dim=16, depth=1, num_heads=2), tmp_path / "oblong.safetensors")
-    for argv, match in ((["--checkpoint", tmp_path / "oblong.safetensors", "--data", "scenes"], "a square grid is needed"),
-                        (["--checkpoint", run, "--data", "scenes", "--images", 0], "--images 0 must be at least 1"),
-                        (["--data", "scenes"], "--checkpoint is missing")):
-        assert call(*argv, main=frequency.main) == 1
-        assert match in capsys.readouterr().err
+    oblong = tmp_path / "oblong.safetensors"
+    common.save_encoder(common.ViT((16, 32), 8, embed_dim=16, depth=1, num_heads=2), oblong)
+    for argv, match in (([oblong], "a square grid is needed"), ([run, "--images", 0], "--images 0 must be above 0")):
+        assert call("--data", "scenes", "--checkpoint", *argv, main=frequency.main) == 1
+        assert match in sentence(capsys.readouterr().err)
     assert not (run / "frequency.json").exists()
 
 
 # -- the picture
 
 
-def test_what_is_drawn(run):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_what_is_drawn(run, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b"")))
     (run / "frequency.json").write_text(json.dumps(dict(encoder=[[0, -1], [0, -2]], random_init=[[0, -3], [0, -4]])))
-    runs, axes = {"a": plot.read_run(run), "b": plot.read_run(run)}, figure.subplots(1, 3)
-    plot.draw_loss(axes[0], runs)
-    plot.draw_weights(axes[1], "a", runs["a"])
-    plot.draw_frequency(axes[2], runs)
-    lines = [[(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in a.lines] for a in axes]
-    assert lines[0] == [(name, [5, 10, 15], [1 / 5, 1 / 10, 1 / 15]) for name in "ab"]
-    assert [line[0] for line in lines[1][:2]] == ["weight_0", "weight_1"]
-    assert lines[1][0][1:] == ([5, 10, 15], pytest.approx([0.45, 0.5, 0.55])) and lines[1][2][2] == [0.5, 0.5]
-    assert lines[2][:2] == [("a", [0, 1], [-1, -2]), ("a, random init", [0, 1], [-3, -4])] and len(lines[2]) == 4
+    write_log(tmp_path / "tuned", dict(step=3, loss=0.5, lr=1), dict(step=3, epoch=1, accuracy=20.0, top5=60.0),
+              dict(step=6, loss=None, lr=1), dict(step=6, epoch=2, accuracy=40.0, top5=70.0), rest='{"step": 7, "lo')
+    write_log(tmp_path / "probe", dict(step=5, loss_2=2.0, loss_8=8.0), dict(step=9, loss_2=1.0, loss_8=4.0))
+    folders = [run, tmp_path / "tuned", tmp_path / "probe"]
+    plot.draw(folders, tmp_path / "x.png")
+    axes = {a.get_title().replace(f"{tmp_path}/", ""): a for a in drawn[0].axes}
+    lines = {title: {line.get_label().replace(f"{tmp_path}/", ""): list(zip(*line.get_data())) for line in a.lines}
+             for title, a in axes.items()}
+    assert list(lines) == ["loss", "accuracy", "fusion weights, run", "frequency"]
+    assert lines["loss"] == {"run": [(5, 1 / 5), (10, 1 / 10), (15, 1 / 15)], "tuned": [(3, 0.5)],
+                             "probe, loss_2": [(5, 2), (9, 1)], "probe, loss_8": [(5, 8), (9, 4)]}
+    assert lines["accuracy"] == {"tuned": [(3, 20), (6, 40)], "tuned, top5": [(3, 60), (6, 70)]}
+    first, second, start = lines["fusion weights, run"].values()
+    assert first == pytest.approx([(5, 0.45), (10, 0.5), (15, 0.55)]) and start == [(0, 0.5), (1, 0.5)]
+    assert lines["frequency"] == {"run, encoder": [(0, -1), (1, -2)], "run, random_init": [(0, -3), (1, -4)]}
+    assert len({line.get_color() for line in axes["frequency"].lines}) == 1
+    assert len({line.get_color() for line in axes["loss"].lines}) == 4
+    plot.draw(folders, tmp_path / "x.png", panels=("frequency",))
+    assert [a.get_title() for a in drawn[1].axes] == ["frequency"]
+
+
+def test_every_log_in_results_can_be_drawn():
+    """The runs of all scripts that were kept."""
+    for log in (ROOT / "results" / "logs").glob("*.jsonl"):
+        pass
 
 
 def test_plot_command(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from PIL import Image
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "log.jsonl").write_text('{"step": 5, "loss": null}\n{"step": 6, "loss": 0.5}\n{"step": 7, "lo')
-    assert plot.read_run(other) == {"loss": [(6, 0.5)]}
-    for folders, panels in (([run], 2), ([run, other], 2), ([other], 1)):
+    write_log(tmp_path / "other", dict(step=6, loss=0.5))
+    for folders, panels in (([run], 2), ([run, tmp_path / "other"], 2), ([tmp_path / "other"], 1)):
         assert call(*folders, "--out", tmp_path / "x.png", main=plot.main) == 0
         assert Image.open(tmp_path / "x.png").size == (540 * panels, 432)
-    capsys.readouterr()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "log.jsonl").write_text("")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "log.jsonl").write_text('{"step": 5}\n')
-    for argv, match in (([tmp_path / "empty"], "neither log.jsonl nor frequency.json"), ([tmp_path / "none"], "neither"),
-                        ([tmp_path / "new"], "nothing has been logged"), ([tmp_path / "broken"], "cannot be read"),
+    write_log(tmp_path / "new")
+    write_log(tmp_path / "broken", dict(loss=5))
+    for argv, match in (([run, tmp_path / "none"], "none has no values in log.jsonl, no frequency.json"),
+                        ([tmp_path / "new"], "new has no values"), ([tmp_path / "broken"], "cannot be read"),
                         ([], "required"), ([run, "--out", "x.gif"], "should end in .png")):
         assert call(*argv, main=plot.main) == 1
-        assert match in capsys.readouterr().err, argv
+        assert match in sentence(capsys.readouterr().err), argv

@@ -56,7 +56,7 @@ def test_accuracy_is_that_of_brute_force_on_the_encoders_features(pool, monkeypa
         noise = torch.randint(0, 200, images.pixels.shape, generator=generator, dtype=torch.uint8)
         images.pixels = images.pixels // 8 + noise
     config = Config(checkpoint="x", data="scenes", pool=pool, batch_size=16)
-    percent = knn.knn(vit.train(), train, val, config, ONE)
+    percent = knn.knn(vit, train, val, config, ONE)
     with torch.no_grad():
         tokens = [tiny().eval()(common.normalise(images.pixels)).double().numpy() for images in (train, val)]
     bank, queries = (x[:, 0] if pool == "cls" else x[:, 1:].mean(1) for x in tokens)
@@ -73,8 +73,7 @@ def test_command_alone_and_by_two_processes(tmp_path, capsys):
     flags = ["--checkpoint", tmp_path, "--data", write_folder(tmp_path / "data", 25, 13), "--device", "cpu",
              "--workers", 0, "--batch_size", 4]
     code, out, err = finish(start(*flags, script=["-m", "eval.knn"], processes=2))
-    assert code == 0, err
-    assert call(*flags, main=main) == 0
+    assert code == call(*flags, main=main) == 0, err
     two, one = results(tmp_path)
     assert two["accuracy"] == one["accuracy"] and (two["processes"], one["processes"]) == (2, 1)
     ten, twenty = one["accuracy"].values()

@@ -334,7 +334,7 @@ test_checks = checks(mfm_mae, {
         ("class token not fused", "MFMMAE.encode", FUSE, f"torch.cat([outputs[-1][:, :1], {FUSE}[:, 1:]], dim=1)"),
         ("projections feed the trunk", "MFMMAE.encode", f"outputs = {LAYERS}", TRUNK),
         ("blocks counted from 1", "MFMMAE.encode", "self.out_indices", "[i - 1 for i in self.out_indices]"),
-        ("the last block projected", "projections", "*maps, nn.Identity()", "*maps, maps[0]"),
+        ("the last block projected", "Fusion.forward", "self.projections", "[*self.projections][:-1] + [*self.projections][:1]"),
         ("weights without softmax", "Fusion.weights", "softmax(dim=0)", "div(self.logits.sum())"),
         ("weights in reverse order", "Fusion.forward", "self.weights", "self.weights.flip(0)"),
         ("a plain mean", "Fusion.weights", "softmax(dim=0)", "mul(0).softmax(dim=0)"),
@@ -378,7 +378,7 @@ test_checks = checks(mfm_mae, {
         ("tokens decay", "decays", 'and "token" not in name', "")],
     (check_config, ""): [
         ("rounded count of visible patches", "Config.num_masked", "int(", "round("),
-        ("truncated count of hidden patches", "Config.num_masked", "return", "return int(self.num_patches * 0.9) or"),
+        ("truncated count of hidden patches", "Config.num_masked", "return", "return int(self.num_patches * self.mask_ratio) or"),
         ("six blocks before the last", "Config.out_indices", "range(5)", "range(6)")],
     (check_low_pass, ""): [
         ("centred on the zero frequency", "low_pass", "(size - 1) / 2", "size // 2"),

@@ -148,7 +148,7 @@ def test_a_r_and_sketch(tmp_path, run, capsys, kind):
 @pytest.fixture(scope="module")
 def corrupted(tmp_path_factory):
     """All corruptions and severities, one image each."""
-    sets = [f"{name}/{severity}/{WNIDS[place]}" for place, name in enumerate(ALEXNET) for severity in "12345"]
+    sets = [f"{name}/{level}/{WNIDS[place]}" for place, name in enumerate(ALEXNET) for level in "12345"]
     return noise(tmp_path_factory.mktemp("imagenet-c"), sets, count=1)
 
 
