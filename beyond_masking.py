@@ -517,19 +517,21 @@ def preview(path, config, model, batch, device):
     """Draws a batch of `Augment` as rows: clean | view, hidden patches grey | target | pred."""
     model.eval()
     (clean, params, mask), vit = inputs(batch, device), model.encoder
+    seen = view = degrade(model.task, clean, params)  # (B, C, S, S)
+    seen = common.unnormalise(seen.expand(-1, 3, -1, -1))  # (B, 3, S, S)
     ids = common.mask_to_ids(mask, device) if mask is not None else ()
-    view = degrade(model.task, clean, params)  # (B, C, S, S)
-    target = pixel_target(model.task, clean, vit.patch_size, vit.img_size)["whole"]
-    seen = common.unnormalise(view.expand(-1, 3, -1, -1))  # (B, 3, S, S)
     if mask is not None:
         hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=vit.grid[0])
         seen = seen.where(F.interpolate(hidden, size=seen.shape[-2:]) == 0, 0.5)
-    # Both in units of a patch's own std, as the loss compares them: nothing leaks.
-    target, pred = (0.5 + common.unpatchify(tokens, vit.patch_size, vit.grid) / 5
-                    for tokens in (target, model.predict(view, *ids)))
-    common.save_panels(path, list(zip(common.unnormalise(clean), seen, target, pred)),
+    # pred is of patches whose mean and std are 0 and 1: it gets those of the true patch back.
+    whole = common.unnormalise(area_resize(clean, vit.img_size))  # (B, 3, S, S)
+    pixels = rearrange(common.patchify(whole, vit.patch_size), "b n (pq c) -> b n pq c", c=3)
+    std, mean = torch.std_mean(pixels, dim=2, keepdim=True)
+    pred = rearrange(model.predict(view, *ids), "b n (pq c) -> b n pq c", c=3) * std + mean
+    pred = common.unpatchify(pred.flatten(2), vit.patch_size, vit.grid)  # (B, 3, S, S)
+    common.save_panels(path, list(zip(common.unnormalise(clean), seen, whole, pred)),
                        ["clean", f"seen: {config.task}", "target", "prediction"],
-                       "3rd, 4th: pixels in units of their patch's std, as compared in the loss.")
+                       "4th: each patch has its mean and std from the true image: that leaks.")
 
 
 # --------------------------------------------------------------------------------------------------
