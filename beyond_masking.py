@@ -28,7 +28,7 @@ around the view. The log shows these two as `centre` and `border`.
   decolor   S       one random mix of its colours     it, in colour          all            81.4
   mask+zoom_in      zoom_in, 75 % of the view hidden                         hidden, border 83.2
 (ViT-B, 300 epochs, fine-tuned on ImageNet-1K [readme].) mask+zoom_out and mask+distort work too.
-For S = 224 the zooms' clean images have 288 and 160 pixels, 18 and 10 whole patches a side.
+S = 224 makes 288 and 160 of the zooms' clean images, 18 and 10 whole patches a side.
 
   loss = mean over patches of |p - phi(O)|^2 / 3PP,  phi(x) = (x - mean x) / std x per patch, colour
   zoom_in:  0.8 |c(p) - phi(c(O))|^2 over c, the centre, + 0.2 |p - phi(O)|^2 over the border
@@ -130,8 +130,7 @@ class Config(common.RunConfig):
     mask_ratio: float = flag(0.0, "share of hidden patches (default: 0.75 in `mask...`) [code]")
     img_size: int = flag(224, "pixels of the view's side [code]", positive=True)
     patch_size: int = flag(16, "pixels of a patch's side [code]", positive=True)
-    crop_min: float = flag(0.2, "smallest crop's share of the area; decolor 0.08 [code] [D3]",
-                           positive=True)
+    crop_min: float = flag(0.2, "least area of a crop; decolor 0.08 [code] [D3]", positive=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,22 +148,8 @@ class Config(common.RunConfig):
         return self.num_patches - int(self.num_patches * (1 - self.mask_ratio))
 
     @property
-    def run_name(self):
+    def run_name(self):  # the demo's has no task in it
         return super().run_name + f"_{self.task}" * (not self.demo)
-
-    @property
-    def peak_lr(self):
-        return self.lr * self.batch_size / 256
-
-    @property
-    def facts(self):
-        """What the printed recipe says of this method: {label: text}."""
-        return dict(
-            model=f"Beyond Masking, {self.model}",
-            task=f"{self.task}: clean image {clean_size(self.task, self.img_size)[0]}, view "
-                 f"{self.img_size}, {self.num_masked if is_masked(self.task) else 'none'} of "
-                 f"{self.num_patches} patches hidden",
-            lr=f"{self.peak_lr:.2e} = {self.lr:.2e} x {self.batch_size} / 256")
 
 
 def degradation(task):
@@ -463,9 +448,8 @@ def example(config):
     with torch.device("meta"):
         model, params = build(config), sample_params(config.task, 1, img_size=config.img_size)
         clean = torch.empty(1, 3, *clean_size(config.task, config.img_size))
-    masked = is_masked(config.task)
-    mask = common.random_masks(1, config.num_patches, config.num_masked) if masked else None
-    return model, (clean, params, mask)
+    mask = common.random_masks(1, config.num_patches, config.num_masked)
+    return model, (clean, params, mask if is_masked(config.task) else None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,7 +466,13 @@ def recovery_loss(task, pred, target, params, ids_masked, patch_size, grid):
         pred, whole = (area_resize(common.unpatchify(tokens, patch_size, grid), size)
                        for tokens in (pred, whole))  # (B, 3, R, R), (B, 3, R, R)
     if degradation(task) == "zoom_in":
-        return zoom_in_loss(pred, whole, target["centre"], ids_masked, patch_size)
+        view = common.patchify(center_crop(pred), patch_size)  # (B, N, P*P*3)
+        centre = patch_error(view, target["centre"], ids_masked)
+        # The border's four strips are means, summed [code].
+        error, (h, w) = (pred - whole).square(), (side // 9 for side in size)
+        border = error[..., :h, :].mean() + error[..., -h:, :].mean() + \
+            error[..., h:-h, :w].mean() + error[..., h:-h, -w:].mean()
+        return 0.8 * centre + 0.2 * border, dict(centre=centre.detach(), border=border.detach())
     if degradation(task) == "zoom_out":
         pred, whole = (common.patchify(symmetric_pad(images, params), patch_size)
                        for images in (pred, whole))  # (B, N, P*P*3), (B, N, P*P*3)
@@ -495,17 +485,6 @@ def patch_error(pred, target, ids_masked):
     if ids_masked is not None:
         pred, target = common.gather(pred, ids_masked), common.gather(target, ids_masked)
     return F.mse_loss(pred, target)
-
-
-def zoom_in_loss(pred, whole, centre, ids_masked, patch_size):
-    """0.8 of the error on the view's patches `centre` (B, N, P*P*3), 0.2 of that on the border;
-    pred and `whole` are images (B, 3, R, R). The border's four strips are means, summed [code]."""
-    view = common.patchify(center_crop(pred), patch_size)  # (B, N, P*P*3)
-    inside = patch_error(view, centre, ids_masked)
-    error, (h, w) = (pred - whole).square(), (side // 9 for side in pred.shape[-2:])
-    border = error[..., :h, :].mean() + error[..., -h:, :].mean() + \
-        error[..., h:-h, :w].mean() + error[..., h:-h, -w:].mean()
-    return 0.8 * inside + 0.2 * border, dict(centre=inside.detach(), border=border.detach())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -541,8 +520,8 @@ def preview(path, config, model, batch, device):
 def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = dist.device
-    size = clean_size(config.task, config.img_size)  # built-in images are as large as needed
-    images = common.find_data(config.data, "pretrain", max(config.img_size, *size))
+    size = max(config.img_size, *clean_size(config.task, config.img_size))  # of built-in images
+    images = common.find_data(config.data, "pretrain", size)
     samples = common.Samples(images, Augment(config), config.seed)
     model = run.load(build(config)).to(device)
     if config.preview:

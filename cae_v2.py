@@ -134,13 +134,8 @@ class Config(common.RunConfig):
         return round(self.mask_ratio * self.num_patches)
 
     @property
-    def facts(self):
-        """What the printed recipe says of this method: {label: text}."""
-        scaled = f"; linear scaling from 2048 would give {self.lr * self.batch_size / 2048:.2e}"
-        return dict(model=f"CAE v2, {self.model}, teacher {self.teacher}",
-                    task=f"{self.num_masked} of {self.num_patches} patches hidden ({self.mask}), "
-                         f"supervised: {self.supervise}",
-                    lr=f"{self.lr:.2e}, absolute{scaled * (self.batch_size != 2048)}")
+    def peak_lr(self):  # absolute: not scaled with the batch [code]
+        return self.lr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -494,22 +489,21 @@ def preview(path, config, model, teacher, batch, device):
     """Draws a batch of `Augment` as rows: image | visible patches | cosine of pred and target at
     each patch, seen or hidden."""
     model.eval()
-    student, teacher_images, mask = inputs(batch, teacher, device)
+    (student, teacher_images, mask), h = inputs(batch, teacher, device), model.encoder.grid[0]
     targets = clip_targets(teacher, teacher_images)[:, 1:]  # (B, N, C)
     ids = dict(zip(("visible", "masked"), common.mask_to_ids(mask, device)))
     pred = model.predict(student, *ids.values(), config.supervise)
-    cosines = torch.full(mask.shape, torch.nan, device=device)  # where nothing is supervised: grey
+    cosines = torch.full(mask.shape, -1.0, device=device)  # (B, N), where nothing is supervised
     for name in pred.keys() & ids.keys():
-        target = common.gather(targets, ids[name])
-        cosines.scatter_(1, ids[name], 1 - cosine_distance(pred[name], target))
-    rows, h = [], model.encoder.grid[0]
-    for i, image in enumerate(batch[0].to(device).float() / 255):
-        hidden, agreement = (rearrange(x[i].to(device).float(), "(h w) -> h w", h=h)
-                             for x in (mask, cosines))
-        hidden = F.interpolate(hidden[None, None], size=image.shape[1:])[0]  # (1, S, S)
-        colours = common.colour_map(agreement.nan_to_num()).where(~agreement.isnan(), 0.5)
-        rows.append([image, image.where(hidden == 0, 0.5), colours])
-    common.save_panels(path, rows, ["image", "visible patches", "pred vs teacher"],
+        errors = cosine_distance(pred[name], common.gather(targets, ids[name]))
+        cosines.scatter_(1, ids[name], (1 - errors).clamp(min=0).nan_to_num())
+    images = batch[0].to(device).float() / 255  # (B, 3, S, S)
+    hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=h)
+    seen = images.where(F.interpolate(hidden, size=images.shape[-2:]) == 0, 0.5)  # (B, 3, S, S)
+    maps = [common.colour_map(x).where(x >= 0, 0.5)
+            for x in rearrange(cosines, "b (h w) -> b h w", h=h)]
+    common.save_panels(path, list(zip(images, seen, maps)),
+                       ["image", "visible patches", "pred vs teacher"],
                        "3rd: cosine, dark 0 to yellow 1; grey: not supervised.")
 
 
@@ -535,13 +529,14 @@ def train(config, run, dist):
         return preview(config.preview, config, model, teacher, batch, device)
     common.compile_blocks(config, device, model, teacher)
     groups = common.parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
     plan, parallel = run.prepare(dist, samples, model, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
     model.train()
     for step in run.steps():  # up to the last, or --max_steps, or a signal
-        lr = common.learning_rate(step, config.lr, warmup_steps, plan.total_steps, config.min_lr)
+        lr = common.learning_rate(step, config.peak_lr, warmup_steps, plan.total_steps,
+                                  config.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 

@@ -971,6 +971,16 @@ class RunConfig(TrainConfig):
     def run_name(self):  # how the default --out ends
         return "demo" if self.demo else self.model
 
+    @property
+    def peak_lr(self):  # the base rate is for 256 images
+        return self.lr * self.batch_size / 256
+
+    @property
+    def facts(self):
+        """Lines of the printed recipe, {label: text}."""
+        return dict(model=self.model, hidden=f"{self.num_masked} of {self.num_patches} patches",
+                    lr=f"{self.peak_lr:.2e} at the peak (--lr {self.lr:.2e}, batch {self.batch_size})")
+
 
 def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=None):
     """The command line as a frozen `Config`; its fields are the flags, `-` and `_` spell the same.
@@ -1017,7 +1027,8 @@ def describe(facts, config, model, plan, dist, data, folder):
         steps=f"{plan.total_steps:,} = {plan.total_steps / plan.steps_per_epoch:g} epochs x "
               f"{plan.steps_per_epoch:,}",
         device=f"{dist.device}, {'bf16' if uses_bf16(dist.device, config.precision) else 'fp32'}",
-        files=f"{folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png")
+        files=f"{folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png",
+        recipe=json.dumps(vars(config)))
     print("\n".join(f"{label:8} {text}" for label, text in lines.items()), flush=True)
 
 
@@ -1053,8 +1064,7 @@ def dry_run(config, folder, model, inputs, *frozen):
     print(f"cost     {(flops + teacher) / 1e9:.1f} GFLOP per image and step"
           f"{f', {teacher / 1e9:.1f} of them in the teacher' if frozen else ''}\n"
           f"memory   roughly {memory / 2**30:.1f} GiB per process in bf16\n"
-          f"hours    {each}: an estimate, {dist.world} such GPUs at 40 % of their dense bf16 peak\n"
-          f"recipe   {json.dumps(vars(config))}")
+          f"hours    {each}: an estimate, {dist.world} such GPUs at 40 % of their dense bf16 peak")
 
 
 def main(method, config, example, train):

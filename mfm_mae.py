@@ -136,21 +136,6 @@ class Config(common.RunConfig):
         depth = SIZES[self.model]["depth"]
         return tuple(sorted({*(k * depth // 6 for k in range(5)), depth - 1}))  # [D1]
 
-    @property
-    def peak_lr(self):
-        return self.lr * self.batch_size / 256
-
-    @property
-    def facts(self):
-        """What the printed recipe says of this method: {label: text}."""
-        blocks = ",".join(map(str, self.out_indices))
-        return dict(
-            model=f"{'MFM' if blocks else 'MAE'}, {self.model}",
-            task=f"{self.num_masked} of {self.num_patches} patches hidden, {self.augment}; target: "
-                 f"{self.target}{', normalised per patch' * (self.norm_pix == 'on')}",
-            fusion=f"{self.fusion} of blocks {blocks or 'none'}, projection {self.projection}",
-            lr=f"{self.peak_lr:.2e} = {self.lr:.2e} x {self.batch_size} / 256")
-
 
 # --------------------------------------------------------------------------------------------------
 # Corrupt: the crop, and which patches are hidden

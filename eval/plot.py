@@ -2,8 +2,8 @@
 
     python -m eval.plot runs/mae_demo runs/mfm_mae_demo --out both.png
 
-Each argument is the folder of a run of any of our scripts. A panel has the losses of all runs, one has their
-accuracies, one per run has the weights of its fused blocks (MFM), all from log.jsonl; one has what
+Each argument is the folder of a run of any of our scripts. One panel has the losses of all runs, one has
+their accuracies, one per run has the weights of its fused blocks (MFM), all from log.jsonl; one has what
 eval/frequency.py wrote. Empty panels are left out. Needs matplotlib, the extra `plot`.
 """
 
@@ -40,13 +40,12 @@ def read_run(folder):
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the log in {folder} cannot be read ({type(error).__name__}: {error})") from error
     if not found:
-        raise FileNotFoundError(f"{folder} has no values in log.jsonl, no frequency.json: give runs")
+        raise FileNotFoundError(f"no run in {folder}: log.jsonl and frequency.json are missing or empty")
     return found
 
 
 def draw_panel(axes, panel, title, curves):
-    """Curves {label: [(x, y) ...]} of one panel. Dotted: the start of the weights, 1 over their number; for
-    frequencies the random encoder, in the colour of the trained one."""
+    """Draws curves {label: [(x, y) ...]}. Dotted: the start of the weights; the random encoder."""
     for number, (label, points) in enumerate(curves.items()):
         style = dict(accuracy=".-", frequency="x:" if number % 2 else "o-").get(panel, "-")
         colour = number // 2 if panel == "frequency" else number
@@ -54,6 +53,7 @@ def draw_panel(axes, panel, title, curves):
     if panel == "weights":
         axes.axhline(1 / len(curves), color="grey", linewidth=0.6, linestyle=":")
     axes.set(title=title, xlabel=PANELS[panel][0], ylabel=PANELS[panel][1])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
 
 

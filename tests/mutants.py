@@ -9,7 +9,6 @@ import inspect
 import re
 import sys
 import tokenize
-import types
 
 import pytest
 
@@ -42,7 +41,7 @@ def mutant(module, title, *changes):
         if count != 1:
             pytest.fail(f"{title!r} has lost its anchor: {pattern!r} is {count} times in {place}, not once")
         lines[first:last] = [text, *[""] * (last - first - 1)]
-    copies = {name: types.ModuleType(f"{name}_mutant") for name in sources}
+    copies = {name: type(sys)(f"{name}_mutant") for name in sources}
     for name, copy in copies.items():
         copy.__file__ = sys.modules[name].__file__
         exec(compile("\n".join(sources[name][0]), copy.__file__, "exec"), copy.__dict__)

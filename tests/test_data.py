@@ -46,7 +46,7 @@ def test_built_in_images_bring_their_labels(monkeypatch):
     assert train.classes == val.classes and len(train.classes) == 10
     assert train[0][0].shape == (3, 16, 16) and set(val.labels.tolist()) == set(range(10))
     images = common.Images(train.pixels[:2], [4, 2], ("e", "c"), "cifar10")
-    monkeypatch.setattr(common, "cifar10_data", {"val": images}.get)
+    monkeypatch.setattr(common, "find_data", lambda spec, split, img_size: images)
     assert find_labelled("cifar10", "val", 32) is images
 
 

@@ -23,22 +23,21 @@ def read(path):
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with an encoder of two blocks and photos of three classes, one of them deeper."""
-    export(tiny(depth=2), tmp_path / "encoder.safetensors")
+    """A folder with an encoder of three blocks and photos of three classes, one of them deeper."""
+    export(tiny(depth=3), tmp_path / "encoder.safetensors")
     write_images(tmp_path / "photos" / "b", 3)
     write_images(tmp_path / "photos" / "a" / "deep", 2, size=(40, 70))
     write_images(tmp_path / "photos" / "c", 2, size=(32, 32), kind=".jpg")
-    flags = ["--checkpoint", tmp_path, "--data", tmp_path / "photos", "--out", tmp_path / "f.safetensors",
-             "--workers", 0, "--device", "cpu", "--batch_size", 3]
-    return tmp_path, flags
+    return tmp_path, ["--checkpoint", tmp_path, "--data", tmp_path / "photos", "--out", tmp_path / "f.safetensors",
+                      "--workers", 0, "--device", "cpu", "--batch_size", 3]
 
 
 NAMES = ["a/deep/00.png", "a/deep/01.png", "b/00.png", "b/01.png", "b/02.png", "c/00.jpg", "c/01.jpg"]
 
 
 def views(folder):
-    return common.normalise(torch.stack([centre_view(common.read_image(folder / "photos" / name), (32, 32))
-                                         for name in NAMES]))
+    images = [common.read_image(folder / "photos" / name) for name in NAMES]
+    return common.normalise(torch.stack([centre_view(image, (32, 32)) for image in images]))
 
 
 @pytest.mark.parametrize("tokens", ["mean", "cls", "patches", "all"])
@@ -47,7 +46,7 @@ def test_the_file_holds_what_the_encoder_gives_for_each_name(place, tokens):
     folder, flags = place
     assert call(*flags, "--tokens", tokens, main=main) == 0
     found, about = read(folder / "f.safetensors")
-    x = tiny(depth=2).eval()(views(folder))
+    x = tiny(depth=3).eval()(views(folder))
     expected = dict(mean=x[:, 1:].mean(1), cls=x[:, 0], patches=x[:, 1:], all=x)[tokens]
     assert found.keys() == {"features", "labels"} and found["features"].dtype == torch.float32
     torch.testing.assert_close(found["features"], expected, rtol=0, atol=1e-5)
@@ -63,10 +62,11 @@ def test_layers_are_outputs_of_blocks_before_any_norm(place):
     folder, flags = place
     assert call(*flags, "--tokens", "all", "--layers", "0,-1", main=main) == 0
     found, about = read(folder / "f.safetensors")
-    vit = tiny(depth=2).eval()
+    vit = tiny(depth=3).eval()
     first = vit.blocks[0](vit.embed(views(folder)))
-    assert about["layers"] == ["layer_0", "layer_1"] and found.pop("labels").tolist() == [0, 0, 1, 1, 1, 2, 2]
-    torch.testing.assert_close(found, dict(layer_0=first, layer_1=vit.blocks[1](first)), rtol=0, atol=1e-5)
+    last = vit.blocks[2](vit.blocks[1](first))
+    assert about["layers"] == ["layer_0", "layer_2"] and found.pop("labels").tolist() == [0, 0, 1, 1, 1, 2, 2]
+    torch.testing.assert_close(found, dict(layer_0=first, layer_2=last), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -93,8 +93,7 @@ def test_a_flat_folder_has_no_labels_and_another_size_is_a_flag(place, capsys):
 def test_built_in_images_keep_their_labels():
     images = coloured(5)
     names, labels, classes = features.names_and_classes(images, "coloured")
-    assert names == ["0", "1", "2", "3", "4"]
-    assert (labels.tolist(), classes) == ([0, 1, 2, 0, 1], ("blue", "green", "red"))
+    assert (names, labels.tolist(), classes) == ([*"01234"], [0, 1, 2, 0, 1], ("blue", "green", "red"))
     config = Config(checkpoint="x", data="scenes", out="x.safetensors", batch_size=2)
     vit = tiny(class_token=False)
     found = features.extract(vit, images, {"features": None}, config, ONE)["features"]
@@ -111,14 +110,14 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(place, capsys, monkeypatch
         assert not (folder / "f.safetensors").exists() and not (folder / "eval.jsonl").exists()
 
     fails([*flags, "--out", folder / "f.npy"], "--out must name the file to write, ending in .safetensors")
-    for layers in ("1,x", "2", "-3", "1,"):
-        fails([*flags, f"--layers={layers}"], f"--layers {layers}: the encoder has blocks 0 to 1, given as in 0,-1")
+    for layers in ("1,x", "3", "-4", "1,"):
+        fails([*flags, f"--layers={layers}"], f"--layers {layers}: the encoder has blocks 0 to 2, given as in 0,-1")
     for name, limit in (("LIMIT", 7 * 24 * 4 - 1), ("NAMES_LIMIT", 50)):
         with monkeypatch.context() as patch:
             patch.setattr(features, name, limit)
             fails(flags, "7 x 24 float32 for features: .* too much, take fewer layers")
-    monkeypatch.setattr(features, "LIMIT", 7 * 24 * 4)
-    (folder / "photos" / "b" / "02.png").write_bytes(b"junk")
-    fails(flags, "b/02.png cannot be read as an image")
-    export(tiny(class_token=False), folder / "encoder.safetensors")
+    vit = tiny(class_token=False)
+    vit.norm.weight.data[0] = float("nan")
+    export(vit, folder / "encoder.safetensors")
     fails([*flags, "--tokens", "cls"], "no class token")
+    fails(flags, "features that are not finite")

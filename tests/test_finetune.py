@@ -375,10 +375,15 @@ def test_a_run_of_an_older_version_goes_on_and_another_encoder_stops_it(root, tm
 
 def test_steps_are_smoothed_and_tests_see_the_average(root, tmp_path, monkeypatch):
     """w <- decay w + (1 - decay) now; the first step starts it, as torch's AveragedModel does."""
-    tested, steps, given, measure, criterion = [], [], {}, evaluate, nn.CrossEntropyLoss
+    tested, steps, given, shapes, measure, criterion = [], [], {}, set(), evaluate, nn.CrossEntropyLoss
+
+    def spy(**words):
+        given.update(words)
+        return lambda logits, targets: shapes.add((*targets.shape,)) or criterion(**words)(logits, targets)
+
     monkeypatch.setattr(finetune, "evaluate", lambda model, *rest:
                         tested.append(model.head.weight.clone()) or measure(model, *rest))
-    monkeypatch.setattr(nn, "CrossEntropyLoss", lambda **words: given.update(words) or criterion(**words))
+    monkeypatch.setattr(nn, "CrossEntropyLoss", spy)
     for stop in (1, 2, 3):
         assert tune(root, tmp_path / "run", "--smoothing=0.15", f"--max_steps={stop}") == 0
         steps.append(load(tmp_path / "run")["model"])
@@ -387,7 +392,8 @@ def test_steps_are_smoothed_and_tests_see_the_average(root, tmp_path, monkeypatc
         expected = 0.9 * (0.9 * value + 0.1 * steps[1][name]) + 0.1 * steps[2][name]
         torch.testing.assert_close(ema[f"module.{name}"], expected, atol=1e-6, rtol=1e-5)
     assert len(tested) == 1 and torch.equal(tested[0], ema["module.head.weight"])
-    assert not torch.equal(tested[0], steps[2]["head.weight"]) and given == dict(label_smoothing=0.15)
+    assert not torch.equal(tested[0], steps[2]["head.weight"])
+    assert given == dict(label_smoothing=0.15) and shapes == {(3, 3)}  # soft targets, as mixed
 
 
 @pytest.mark.parametrize("epochs", [1, 3])  # after the first epoch, and after the last

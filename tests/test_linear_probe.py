@@ -166,8 +166,7 @@ def test_accuracy_is_of_all_test_images_by_class():
     with torch.no_grad():
         probe.linear.weight.zero_()
         probe.linear.bias[:] = torch.tensor([0.0, 1.0, 0.0])  # always the second class: 2 of 7
-    probes = torch.nn.ModuleList([probe])
-    percent = linear_probe.accuracies(config(micro_batch=3), tiny(), "cls", probes, val, ONE)
+    percent = linear_probe.accuracies(config(micro_batch=3), tiny(), "cls", torch.nn.ModuleList([probe]), val, ONE)
     assert percent == pytest.approx([200 / 7]) and not probe.training
 
 
@@ -231,22 +230,24 @@ def test_training_is_that_of_a_second_writing(place, pool):
     images = find_labelled(str(folder / "data"), "train", 32)
     expected = reference(tiny(), images, 3, 8, 1, 20.0, seed=5, pool=pool)
     state = load(folder / "linear_probe")["model"]
-    assert state.keys() == {f"0.{name}" for name in [*expected, "norm.num_batches_tracked"]}
-    for name, value in expected.items():
-        torch.testing.assert_close(state[f"0.{name}"], value.detach(), rtol=1e-4, atol=1e-5)
+    del state["0.norm.num_batches_tracked"]
+    expected = {f"0.{name}": value.detach() for name, value in expected.items()}
+    torch.testing.assert_close(dict(state), expected, rtol=1e-4, atol=1e-5)
     assert results(folder)[0]["pool"] == pool
 
 
-def test_colours_are_learnt_and_the_encoder_stays_as_it_is(place, capsys):
+def test_colours_are_learnt_and_the_encoder_stays_as_it_is(place, capsys, monkeypatch):
     folder, flags = place
-    before = (folder / "encoder.safetensors").read_bytes()
-    assert call(*flags, "--epochs", 30, "--lr", 60, "--seed", 3, main=main) == 0
+    before, compiled = (folder / "encoder.safetensors").read_bytes(), []
+    monkeypatch.setattr(common, "compile_blocks", lambda config, *rest: compiled.append(config.compile))
+    assert call(*flags, "--epochs", 30, "--lr", 60, "--seed", 3, "--compile", "on", main=main) == 0
     out, (record,) = capsys.readouterr().out, results(folder)
     assert record["accuracy"] > 85 and "lr       60 x 8 / 256 = 1.875" in out
     assert out.splitlines()[-1] == f"linear probe (lars): pre-trained {record['accuracy']:.1f} %"
     facts = dict(kind="linear_probe", protocol="lars", train_images=24, val_images=9, classes=3, seed=3, pool="cls",
                  features="augmented anew every epoch", base_lr=60, weights="pre-trained", step=90, total_steps=90)
-    assert facts.items() <= record.items() and (folder / "encoder.safetensors").read_bytes() == before
+    assert facts.items() <= record.items()
+    assert (compiled, (folder / "encoder.safetensors").read_bytes()) == (["on"], before)
 
 
 def test_a_sweep_is_each_of_its_runs(place, capsys):
@@ -347,11 +348,11 @@ def test_the_fast_protocol_on_scenes(tmp_path, capsys):
 def test_bad_flags(tmp_path, capsys):
     given = ["--checkpoint", tmp_path / "e.safetensors", "--data", "scenes"]
     export(tiny(class_token=False), given[1])
-    bad = {f"--sweep={rates}": "" for rates in ("0.1,x", "0.1,", "0.1,-1", "0.1,0.1", "inf")}
+    bad = {f"--sweep={rates}": "must be different numbers above 0" for rates in ("0.1,-1", "0.1,0.1", "inf")}
     bad |= {f"--protocol=ridge {flag}": f"{flag.split('=')[0]} belongs to --protocol lars" for flag in
             "--lr=1 --attentive --sweep=1,2 --random_init --epochs=3 --batch_size=5 --max_steps=3 --out=x".split()}
-    bad |= {"--attentive --pool=cls": "exclude each other", "--pool=cls": "no class token",
-            "--seed=1": "3000 images, less than one batch of 16384: .* 3000 or less"}
+    bad |= {"--sweep=0.1,x": "float: 'x'", "--attentive --pool=cls": "exclude each other",
+            "--pool=cls": "no class token", "--seed=1": "3000 images, less than one batch of 16384"}
     for words, match in bad.items():
         assert call(*given, *words.split(), main=main) == 1
         assert re.search(match, sentence(capsys.readouterr().err)), words
@@ -379,7 +380,8 @@ def test_a_script_started_as_a_file_says_how_to_start_it(name):
 def test_batch_norm_and_ridge_see_the_images_of_both_processes(place):
     """Attention with a sweep, and ridge, in one launch; each against this one process."""
     folder, flags = place
-    lars, ridge = [*flags, "--attentive", "--sweep", "5,80"], [*flags[:8], "--protocol", "ridge"]
+    lars = [*flags, "--attentive", "--sweep", "5,80"]
+    ridge = ["--checkpoint", folder, "--data", "scenes", "--device", "cpu", "--protocol", "ridge"]
     words, script = [*lars, "--out", folder / "two", "--micro_batch", 2], folder / "both.py"
     script.write_text(f"""import contextlib, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -395,5 +397,4 @@ with common.distributed("cpu") as both:  # joined once, for two runs
     assert call(*lars, "--out", folder / "one", main=main) == call(*ridge, main=main) == 0
     torch.testing.assert_close(*(load(folder / name)["model"] for name in ("two", "one")), rtol=1e-4, atol=1e-6)
     for two, one in zip(results(folder)[:2], results(folder)[2:], strict=True):
-        assert (two["processes"], one["processes"]) == (2, 1)
-        assert one["accuracy"] == two["accuracy"] and one.get("accuracies") == two.get("accuracies")
+        assert two["processes"] == 2 and all(one.get(name) == two.get(name) for name in ("accuracy", "accuracies"))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from torchvision import transforms
-from torchvision.transforms import functional as pil
+from torchvision.transforms import v2
 
 import common
 import mfm_mae
@@ -167,16 +167,13 @@ def check_decay(module, name):
     assert decay == {our_name(n) for n in theirs - spared} and "fusion.logits" in decay
 
 
-def check_positions(module, name):
-    """Those of a new model are MAE's [D3], of which mmpretrain's are the two halves swapped."""
+def check_initialisation(module, name):
+    """Xavier for every Linear, the fusion's too; the convolution keeps its own bias [D6]. The tables are MAE's [D3],
+    of which mmpretrain's are the two halves swapped."""
     state, model = GOLDEN["mae"]["state_dict"], module.MFMMAE(64, 16, 48, 1, 4, 32, 1, 4, fuse=())
     close(model.encoder.pos_embed.data, state["pos_embed"])
     close(model.decoder_pos_embed.data, state["decoder_pos_embed"])
     close(GOLDEN["mfm"]["state_dict"]["backbone.pos_embed"], state["pos_embed"].roll(24, -1))
-
-
-def check_initialisation(module, name):
-    """Xavier for every Linear, the fusion's too; the convolution keeps its own bias [D6]."""
     torch.manual_seed(0)
     model = module.MFMMAE(32, 4, 192, 4, 4, 96, 2, 4, fuse=(0, 1, 3))
     linears = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
@@ -195,21 +192,17 @@ def check_initialisation(module, name):
 
 
 def check_augment(module, name):
-    """What torchvision makes of a PIL image with the same draws, up to rounding."""
-    config, bicubic = module.Config(img_size=64, patch_size=8, augment=name), transforms.InterpolationMode.BICUBIC
-    crop = transforms.RandomCrop(64, padding=4, padding_mode="reflect")
+    """What torchvision makes of a PIL image with the same draws, up to rounding; resizing is bilinear [D2]."""
+    config, bicubic = module.Config(img_size=64, patch_size=8, augment=name), v2.InterpolationMode.BICUBIC
+    crops = dict(rrc=[v2.RandomResizedCrop(64, (0.2, 1.0), interpolation=bicubic)],
+                 resize_crop=[v2.Resize(64), v2.RandomCrop(64, padding=4, padding_mode="reflect")])
+    theirs = v2.Compose([v2.ToPILImage(), *crops[name], v2.RandomHorizontalFlip(), v2.PILToTensor()])
     for seed, size in enumerate([(90, 120), (64, 64), (40, 200), (64, 70), (90, 120), (70, 90)], 3):
         image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         torch.manual_seed(seed)
         ours, mask = module.Augment(config)(image, -1)
         torch.manual_seed(seed)
-        theirs = pil.to_pil_image(image)
-        if name == "rrc":
-            theirs = transforms.RandomResizedCrop(64, (0.2, 1.0), interpolation=bicubic)(theirs)
-        else:
-            theirs = crop(pil.resize(theirs, 64))  # bilinear unless told otherwise
-        theirs = pil.hflip(theirs) if torch.rand(()) < 0.5 else theirs
-        assert (ours.float() - pil.pil_to_tensor(theirs).float()).abs().mean() < 0.5
+        assert (ours.float() - theirs(image).float()).abs().mean() < 0.5
         assert ours.dtype == torch.uint8 and mask.shape == (64,) and mask.sum() == 48
 
 
@@ -227,21 +220,20 @@ def check_preview(module, name):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(common, "save_panels", lambda *a: sheets.append(a))
             module.preview("x.png", config, model, (images, mask), torch.device("cpu"))
-        _, rows, captions, note = sheets[-1]
+        _, rows, _, note = sheets[-1]
         for (seen, masked, pred, pasted), image, where in zip(rows, images.float() / 255, hidden):
             for ours, expected in ((seen, image), (masked, torch.where(where, 0.5, image)), (pasted, image),
                                    (pred[:, where], image[:, where])):
                 close(ours, expected)
             assert (pred[:, ~where] - image[:, ~where]).abs().min() > 0.01
-        assert len(captions) == 4 and ("leaks" in note) == norm_pix
+        assert ("leaks" in note) == norm_pix
 
 
 # -- the loop; the first part is for all three methods
 
-FLAGS = ("--demo --device=cpu --workers=0 --batch_size=8 --micro_batch=4 --epochs=4 --warmup_epochs=1 --lr=0.01 "
-         "--max_steps=5 --save_every=2 --log_every=1 ")
-IMAGES = common.Images(torch.randint(256, (16, 3, 40, 50), dtype=torch.uint8,
-                                     generator=torch.Generator().manual_seed(0)))
+FLAGS = ("--demo --img_size=28 --patch_size=7 --device=cpu --workers=0 --batch_size=8 --micro_batch=4 --epochs=4 "
+         "--warmup_epochs=1 --lr=0.01 --max_steps=5 --save_every=2 --log_every=1 ")
+IMAGES = common.find_data("scenes", img_size=50, num_scenes=16)
 ONE = common.Dist(0, 1, torch.device("cpu"))
 
 
@@ -269,8 +261,8 @@ def plain_loop(config, augment, loss_of, optimizer, rates, clip=1e9):
 
 
 @functools.cache
-def plain_run(module, **schedule):
-    config = config_of(module, FLAGS)
+def plain_run(module, flags=FLAGS, **schedule):
+    config = config_of(module, flags)
     model = module.build(config)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, 0.05, module.decays), betas=(0.9, 0.95))
     return plain_loop(config, module.Augment(config), lambda batch, *_: model(*module.inputs(batch, ONE.device))[0],
@@ -288,6 +280,8 @@ def compare_loops(module, plain, flags=FLAGS):
             (models[0].require_backward_grad_sync, models[0].training)))
         module.train(run.config, run, ONE)
         state, log = torch.load(run.checkpoint), [*map(json.loads, open(run.folder / "log.jsonl"))]
+        exported = load_file(run.folder / "encoder.safetensors")
+    assert exported["patch_embed.proj.weight"].shape[1] == 3 and set(exported) == set(models[0].encoder.state_dict())
     # Processes would share their gradients in a step's last backward pass.
     assert seen == [(False, True), (True, True)] * 5 and state["step"] == 5
     for line, expected in zip(log, plain[0], strict=True):
@@ -307,8 +301,7 @@ LOOP = [(title, "train", *change) for title, *change in (
     ("warm-up in epochs", "config.warmup_epochs * plan.steps_per_epoch", "config.warmup_epochs"),
     ("all decay", "AdamW(groups,", "AdamW(model.parameters(),"),
     ("the checkpoint is a step behind", "optimizer, step + 1", "optimizer, step"),
-    ("a picture ends training mode", "device) model.train()", "device)"),
-)]
+    ("a picture ends training mode", "device) model.train()", "device)"))]
 
 
 def check_loop(module, name):
@@ -334,7 +327,7 @@ test_checks = checks(mfm_mae, {
         ("class token not fused", "MFMMAE.encode", FUSE, f"torch.cat([outputs[-1][:, :1], {FUSE}[:, 1:]], dim=1)"),
         ("projections feed the trunk", "MFMMAE.encode", f"outputs = {LAYERS}", TRUNK),
         ("blocks counted from 1", "MFMMAE.encode", "self.out_indices", "[i - 1 for i in self.out_indices]"),
-        ("the last block projected", "Fusion.forward", "self.projections", "[*self.projections][:-1] + [*self.projections][:1]"),
+        ("last block mapped", "Fusion.forward", "self.projections", "[*self.projections][:-1] + [self.projections[0]]"),
         ("weights without softmax", "Fusion.weights", "softmax(dim=0)", "div(self.logits.sum())"),
         ("weights in reverse order", "Fusion.forward", "self.weights", "self.weights.flip(0)"),
         ("a plain mean", "Fusion.weights", "softmax(dim=0)", "mul(0).softmax(dim=0)"),
@@ -367,7 +360,7 @@ test_checks = checks(mfm_mae, {
          "MFMMAE.forward", "ids_masked, ids_masked)", "ids_masked, ids_keep)"),
         ("ids swapped", "MFMMAE.forward", "ids_keep, ids_masked =", "ids_masked, ids_keep ="),
         ("shallow blocks not projected", "Fusion.forward", "project(h)", "h"),
-        ("shallow blocks detached", "Fusion.forward", "project(h)", "project(h.detach() if h is not outputs[-1] else h)"),
+        ("shallow blocks detached", "Fusion.forward", "project(h)", "project(h if h is outputs[-1] else h.detach())"),
         ("logits not learnt", "MFMMAE.__init__", 'learnable=fusion == "average"', "learnable=False")],
     (check_downstream, "mae"): [],
     (check_downstream, "mfm"): [
@@ -378,7 +371,7 @@ test_checks = checks(mfm_mae, {
         ("tokens decay", "decays", 'and "token" not in name', "")],
     (check_config, ""): [
         ("rounded count of visible patches", "Config.num_masked", "int(", "round("),
-        ("truncated count of hidden patches", "Config.num_masked", "return", "return int(self.num_patches * self.mask_ratio) or"),
+        ("hidden patches cut off", "Config.num_masked", "return", "return int(self.num_patches * self.mask_ratio) or"),
         ("six blocks before the last", "Config.out_indices", "range(5)", "range(6)")],
     (check_low_pass, ""): [
         ("centred on the zero frequency", "low_pass", "(size - 1) / 2", "size // 2"),
@@ -391,10 +384,8 @@ test_checks = checks(mfm_mae, {
         ("residual path", "AttentionFusion.forward", "return", "return projected[-1] +"),
         ("to the last block alone", "AttentionFusion.forward", "torch.cat(projected, dim=1)", "projected[-1]"),
         ("no block vectors", "AttentionFusion.forward", "+ e", "+ 0 * e")],
-    (check_positions, ""): [
-        ("decoder's table row first", "MFMMAE.__init__", "(decoder_dim, self.encoder.grid",
-         "(decoder_dim, self.encoder.grid, 'row'")],
     (check_initialisation, ""): [
+        ("decoder's table row first", "MFMMAE.__init__", "self.encoder.grid)", "self.encoder.grid, 'row')"),
         ("torch's own initialisation", "MFMMAE.__init__", "common.xavier_init(self)", "pass"),
         ("logits start at 0", "Fusion.__init__", "torch.ones", "torch.zeros")],
     (check_augment, "resize_crop"): [
@@ -409,8 +400,7 @@ test_checks = checks(mfm_mae, {
         ("prediction pasted at visible patches", "preview", "~hidden, pred", "hidden, pred")],
     (check_loop, ""): [
         *LOOP, ("warm-up from 0", "train", "start=1e-4 * config.peak_lr", "start=0"),
-        ("torch's betas", "train", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)")],
-})
+        ("torch's betas", "train", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)")]})
 
 
 @pytest.mark.parametrize("place, right", [("decays", "which parameters"), ("decays", "[D4]"), ("Fusion.weigths", "x")])
@@ -431,10 +421,8 @@ def test_savings_change_no_number(changes):
     trained has a gradient, so shallow features are not detached; what is learnt of the fusion is logged."""
     model = tiny(**changes).double()
     images, mask = random_inputs(torch.float64)
-    if model.fusion_weights is not None and len(model.fusion_weights) > 1:
-        assert model.fusion_weights.tolist() == pytest.approx([1 / 3] * 3)  # at the start
-        if model.fusion.logits.requires_grad:
-            model.fusion.logits.data = torch.tensor([0.0, 1.0, 2.0]).double()
+    for name, parameter in model.named_parameters():
+        parameter.data += torch.arange(3) if name == "fusion.logits" and parameter.requires_grad else 0
     loss, parts = model(images, mask)
     loss.backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -467,25 +455,16 @@ def test_savings_change_no_number(changes):
     plain = (((pred - target) ** 2).mean(dim=-1) * mask.double()).sum() / mask.double().sum()
     plain.backward()
     assert loss.item() == pytest.approx(plain.item(), abs=1e-12)
-    theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    learnt = "fusion.logits" in ours
+    for name, grad in ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None):
+        close(ours[name], grad, atol=1e-12, msg=name)
     frozen = {n for n, _ in model.named_parameters()} - ours.keys() - {"encoder.pos_embed", "decoder_pos_embed"}
     assert frozen == ({"fusion.logits"} if changes.get("fusion") == "uniform" else set())
-    for name, grad in theirs.items():
-        close(ours[name], grad, atol=1e-12, msg=name)
-    assert parts == ({f"weight_{k}": pytest.approx(w[k].item()) for k in range(3)} if learnt else {})
+    learnt = 3 * ("fusion.logits" in ours)
+    assert parts == {f"weight_{k}": pytest.approx(w[k].item()) for k in range(learnt)}
     assert not any(share.requires_grad for share in parts.values())
 
 
-@pytest.mark.parametrize("changes", [
-    *(dict(fuse=fuse) for fuse in ((0, 2), (3, 1), (1, 1, 3), (-1, 3), (4,), (0, 1, 2, 3, 4))),
-    dict(fusion="mean"), dict(projection="mlp"), dict(target="clip")])
-def test_what_cannot_be_fused_or_asked_for(changes):
-    with pytest.raises(ValueError, match="must rise" if "fuse" in changes else "is none of"):
-        tiny(**changes)
-
-
-def test_constant_patches_and_masks_that_cannot_be():
+def test_constant_patches_and_what_cannot_be():
     images, mask = random_inputs()
     loss, _ = tiny()(torch.zeros_like(images), mask)
     loss.backward()
@@ -493,6 +472,10 @@ def test_constant_patches_and_masks_that_cannot_be():
     for wrong, match in ((torch.zeros_like(mask), "hides no patch"), (mask ^ (torch.arange(4) == 0)[:, None], "same")):
         with pytest.raises(ValueError, match=match):
             tiny()(images, wrong)
+    fused = [dict(fuse=fuse) for fuse in ((0, 2), (3, 1), (1, 1, 3), (-1, 3), (4,), (0, 1, 2, 3, 4))]
+    for changes in (*fused, dict(fusion="mean"), dict(projection="mlp"), dict(target="clip")):
+        with pytest.raises(ValueError, match="must rise" if "fuse" in changes else "is none of"):
+            tiny(**changes)
 
 
 def test_parameter_counts():
@@ -521,8 +504,8 @@ def test_learning_rate_of_the_released_schedule():
     rate = lambda step: common.learning_rate(step, 2.4e-3, 400, 3000, start=1e-4 * 2.4e-3)
     assert rate(0) == pytest.approx(2.4e-7) and rate(200) == pytest.approx(1.203127e-3, rel=1e-6)
     assert rate(399) == pytest.approx(2.4e-3, rel=1e-12) and rate(400) == pytest.approx(2.4e-3)
-    for step in (401, 1700, 2999):
-        assert rate(step) == pytest.approx(1.2e-3 * (1 + np.cos(np.pi * (step / 10 - 40) / 260)), rel=1e-9)
+    steps = np.arange(401, 3000, 7)
+    assert [*map(rate, steps)] == pytest.approx(1.2e-3 * (1 + np.cos(np.pi * (steps / 10 - 40) / 260)), rel=1e-9)
 
 
 def learn_by_heart(model, decays, inputs, lr, steps):
@@ -539,8 +522,8 @@ def learn_by_heart(model, decays, inputs, lr, steps):
 @pytest.mark.parametrize("fuse", [(), (0, 1, 3)], ids=["mae", "mfm"])
 def test_eight_images_are_learnt_by_heart(fuse):
     images = common.normalise(common.find_data("scenes", "pretrain", 32, num_scenes=8).pixels)
-    mask = common.random_masks(8, 64, 48, torch.Generator().manual_seed(0))
+    mask = common.random_masks(8, 16, 12, torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model = mfm_mae.MFMMAE(32, 4, 64, 4, 4, 64, 1, 4, fuse=fuse, norm_pix=False)
+    model = mfm_mae.MFMMAE(32, 8, 64, 4, 4, 64, 1, 4, fuse=fuse, norm_pix=False)
     first, last = learn_by_heart(model, mfm_mae.decays, (images, mask), lr=3e-3, steps=120)
     assert first > 0.8 and last < 0.15 * first
