@@ -978,8 +978,8 @@ class RunConfig(TrainConfig):
     @property
     def facts(self):
         """Lines of the printed recipe, {label: text}."""
-        return dict(model=self.model, hidden=f"{self.num_masked} of {self.num_patches} patches",
-                    lr=f"{self.peak_lr:.2e} at the peak (--lr {self.lr:.2e}, batch {self.batch_size})")
+        return dict(model=self.model, hidden=f"{self.num_masked} of {self.num_patches} patches", lr=(
+            f"{self.peak_lr:.2e} at the peak (--lr {self.lr:.2e}, batch {self.batch_size})"))
 
 
 def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=None):
