@@ -11,7 +11,7 @@ is approximated. `--random_init` takes a random encoder of the same shape: the b
 Each process tests its share of the images against all training images, whose features it holds in memory
 (ImageNet, width 768: 4 GB). Another number of processes changes a result only where rounding breaks a tie.
 
-Dimension key: B images, k neighbours, D width, K classes, n images of one kind.
+Dimension key: B images at once, k neighbours, D width, K classes, n images.
 """
 
 import dataclasses

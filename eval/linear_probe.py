@@ -13,12 +13,12 @@
     images      a random crop of 8 to 100 % of the area, bicubic, and a flip; in tests `centre_view`
 
 The encoder never changes. `--out` is the folder of a run, as in pre-training (default: linear_probe beside
-the checkpoint): the same command goes on after an interruption; once finished, it only tests again.
+the checkpoint): the same command goes on after an interruption; a finished run is only tested again.
 `--attentive` is CAE's attentive probe: one learnable query attends to all tokens, then the same classifier.
 `--sweep 0.05,0.1,0.2` trains one classifier per base learning rate on the same features; the best is chosen
 on the validation images. `--random_init` probes a random encoder of the same shape, the baseline.
-`--protocol ridge` takes seconds: no augmentation, the mean of the patch tokens by default (which every
-method trains), a classifier in closed form (eval/ridge.py). Compare its numbers only with each other.
+`--protocol ridge` takes seconds: no augmentation, a classifier in closed form (eval/ridge.py), by default
+the mean of the patch tokens, the baseline beside it. Its numbers can be compared only with each other.
 
 Our decisions, where the sources are silent:
 
@@ -31,7 +31,7 @@ Our decisions, where the sources are silent:
   [D5] One test, where training ends: no epoch is chosen by looking at the validation images.
 
 Dimension key: B global batch, A micro batches of m images in each of R processes, N patches, D width,
-H heads, d = D / H, K classes, n images, h x w size of a view.
+H heads, d = D / H, K classes, n images, h x w size of an image.
 """
 
 import dataclasses

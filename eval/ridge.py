@@ -2,7 +2,7 @@
 
 Features are not augmented; they are standardised with the statistics of the training images (as by the
 BatchNorm of the papers' probe), and only a D x D matrix of them is kept, so the data may have any size.
-Nothing is tuned or drawn: the same command gives the same number. Compare it with its like only.
+Nothing is tuned or drawn: the same command gives the same number. It compares only with others of its kind.
 
 Dimension key: B batch, D width, K classes.
 """

@@ -325,7 +325,7 @@ def check_loop(module, task):
 
 RESIZE, CUT = "rows @ images @ columns.T", "a=-0.02, b=0.02"
 WEIGHTS, DRAWN = 'params["weights"][..., None, None]', "torch.randint(columns, (batch,), generator=generator)"
-HIDDEN = "torch.zeros_like(centre).scatter(1, ids_masked[:, :, None].expand(-1, -1, centre.shape[2]), 1.0)"
+HIDDEN = "torch.zeros_like(view).scatter(1, ids_masked[:, :, None].expand(-1, -1, view.shape[2]), 1.0)"
 test_checks = checks(beyond_masking, {
     (check_degraded, IN): [
         ("view not from the centre", "center_crop", "rows:-rows, columns:-columns", ":-2 * rows, :-2 * columns")],
@@ -361,15 +361,15 @@ test_checks = checks(beyond_masking, {
         ("zoom-in compared patch by patch", "recovery_loss", "area_resize",
          "(lambda images, size: F.pad(images, [size[0] // 9] * 4))"),
         ("bilinear resize", "area_resize", RESIZE, "F.interpolate(images, size=tuple(size), mode='bilinear')"),
-        ("mean of the four strips", "zoom_in_loss", "0.2 * border", "0.05 * border"),
-        ("corners counted twice", "zoom_in_loss", "h:-h, :w", ":, :w"),
-        ("weights swapped", "zoom_in_loss", "0.8 * inside + 0.2 * border", "0.2 * inside + 0.8 * border"),
-        ("border counts hidden patches only", "zoom_in_loss", "square()",
+        ("mean of the four strips", "recovery_loss", "0.2 * border", "0.05 * border"),
+        ("corners counted twice", "recovery_loss", "h:-h, :w", ":, :w"),
+        ("weights swapped", "recovery_loss", "0.8 * centre + 0.2 * border", "0.2 * centre + 0.8 * border"),
+        ("border counts hidden patches only", "recovery_loss", "square()",
          f"square() * area_resize(common.unpatchify({HIDDEN}, patch_size, 14), pred.shape[-2:]) / 0.75"),
         ("loss of the visible patches", "BeyondMasking.forward", "params, ids_masked", "params, ids_keep"),
         ("ids swapped", "BeyondMasking.forward", "ids_keep, ids_masked =", "ids_masked, ids_keep ="),
         ("polarity of the mask", "common:mask_to_ids", "mask.byte()", "(~mask).byte()"),
-        ("centre cut from the rim's reference", "zoom_in_loss", "view, centre",
+        ("centre cut from the rim's reference", "recovery_loss", 'view, target["centre"]',
          "view, common.patchify(center_crop(whole), patch_size)")],
     (check_losses, OUT): [
         ("zoom-out compared in the frame of pred", "recovery_loss", 'if "zoom" in task', 'if "zoom_in" in task',
@@ -418,7 +418,7 @@ test_checks = checks(beyond_masking, {
     (check_decay, ""): [("the mask token decays", "decays", 'and name != "mask_token"', "")],
     (check_counted, ""): [
         ("mask+distort counts hidden patches", "recovery_loss", 'None if task == "mask+distort" else', ""),
-        ("unmasked zoom-in counts the border alone", "zoom_in_loss", "centre=inside", "centre=0 * inside")],
+        ("unmasked zoom-in counts the border alone", "recovery_loss", "centre=centre", "centre=0 * centre")],
     (check_places, False): [
         ("zeros where patches are hidden", "BeyondMasking.predict", "self.mask_token", "0 * self.mask_token")],
     (check_rgb, ""): [("the grey weights for each colour", "rgb_encoder", "/ 3", "")],

@@ -296,8 +296,8 @@ test_checks = checks(cae_v2, {
         ("the teacher's images normalised as the student's", "inputs", ', cfg["mean"], cfg["std"]', "")],
     (check_loop, ""): [
         *LOOP, ("no clipping", "train", "config.clip_grad", "1e9"),
-        ("MAE's betas", "train", "lr=config.lr,", "lr=config.lr, betas=(0.9, 0.95),"),
-        ("the rate scaled with the batch", "train", "(step, config.lr", "(step, config.lr * config.batch_size / 256"),
+        ("MAE's betas", "train", "AdamW(groups,", "AdamW(groups, betas=(0.9, 0.95),"),
+        ("the rate scaled with the batch", "Config.peak_lr", "self.lr", "self.lr * self.batch_size / 256"),
         ("the same paths dropped in all steps", "train", '"step", step,', '"step", 0,'),
         ("the same paths dropped in all micro batches", "train", "step, row)", "step, 0)"),
         ("images of the student for the teacher", "train", "clip_targets(teacher, teacher_images)",

@@ -20,7 +20,7 @@ import common
 from demo.scenes import CLASSES, SEEDS, make_scenes, run_lengths, write_coco
 from eval import detect
 from eval.encoders import export
-from eval.protocol import MEAN_COLOUR, layer_groups
+from eval.protocol import MEAN_COLOUR
 from helpers import call, load, read_log
 
 coco_mask = pytest.importorskip("pycocotools.mask")  # our extra `det`
@@ -283,8 +283,7 @@ def test_the_view_of_tests_keeps_the_aspect_and_pads_below_and_right():
     assert about == dict(image_id=3, size=(60, 90), original=(40, 60))
     assert torch.equal(out[:, :60], TF.resize(image, [60, 90], detect.BICUBIC))
     assert common.normalise(out[None])[:, :, 60:].abs().max() < 0.01  # the mean colour
-    (out,), (about,) = detect.whole(30, [(image.transpose(1, 2), target)])
-    assert about["size"] == (30, 20) and out.shape == (3, 30, 30)
+    assert detect.whole(30, [(image.transpose(1, 2), target)])[1][0]["size"] == (30, 20)
 
 
 def test_windows_are_torchvisions_and_one_window_is_the_block():
@@ -468,19 +467,10 @@ def test_the_recipe_is_the_authors():
     rates = [detect.learning_rate(step, 1e-4, 250, 184_375)
              for step in (0, 125, 250, 163_888, 163_889, 177_545, 177_546, 184_374)]
     assert rates == pytest.approx([0, 5e-5, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6])
-    assert round(defaults["warmup_epochs"] * 184_375 / 100) == 258  # "about 250"
-    model = tiny_detector()
-    groups = layer_groups(model, model.encoder, 0.1, 0.75)
-    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
-    assert {group["lr_scale"] for group in groups} == {0.75**power for power in range(4)}
 
 
 def run(encoder, data, *more):
     return call("--checkpoint", encoder, "--data", data, *TINY, *more, main=detect.main)
-
-
-def results(folder):
-    return [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -488,7 +478,7 @@ def trained(scenes, encoder, tmp_path_factory):
     """The folder of a run of 5 steps, and the line of its result."""
     out = tmp_path_factory.mktemp("trained") / "run"
     assert run(encoder, scenes, "--out", out, "--max_steps", 5) == 0
-    return out, results(encoder.parent)[-1]
+    return out, json.loads((encoder.parent / "eval.jsonl").read_text().splitlines()[-1])
 
 
 def test_a_run_writes_what_it_says_and_moves_the_encoder(trained, encoder):
@@ -515,6 +505,8 @@ def test_flags_reach_the_training(scenes, encoder, tmp_path, monkeypatch):
     assert run(encoder, scenes, *given) == 0
     *_, model, optimizer, compute_loss, rate, clip_grad = seen[0]
     assert clip_grad == 0.7 and [rate(step) for step in (0, 1)] == pytest.approx([0, 1e-3])
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.75**power for power in range(4)}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0, 0.1}
     assert [block.drop_path.p for block in model.encoder.blocks] == pytest.approx([0, 0.2])
     torch.manual_seed(5)
     assert torch.equal(common.ViT(**model.encoder.config).cls_token, model.encoder.cls_token.detach())
@@ -525,7 +517,7 @@ def test_eval_only_needs_last_pt_alone(trained, scenes, tmp_path, capsys):
     (tmp_path / "last.pt").write_bytes((out / "last.pt").read_bytes())
     given = ["--eval_only", "--checkpoint", tmp_path, "--workers", 0, "--micro_batch", 3, "--data"]
     assert call(*given, scenes, main=detect.main) == 0
-    (again,) = results(tmp_path)
+    again = json.loads((tmp_path / "eval.jsonl").read_text())
     ap, expected = ({name: line[name] for name in line if "_ap" in name} for line in (again, record))
     assert len(ap) == 6 and ap == pytest.approx(expected, abs=1e-6)
     assert again["flags"]["window"] == 4 and again["step"] == 5
@@ -554,6 +546,14 @@ def test_detection_is_in_eval_mode_on_any_aspect_of_its_share(tmp_path):
         assert (found["boxes"][:, 2:] <= torch.tensor([30, 20])).all()
     share = detect.detect(model, images, range(3), config(), common.Dist(1, 2, ONE.device))
     assert [target["image_id"] for target, _ in share] == [10]
+
+
+def test_pictures_show_what_is_surely_detected(scenes, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(detect, "detect", perfect)
+    monkeypatch.setattr(detect, "panel", lambda image, found, *_: seen.append(found["labels"]) or image)
+    detect.draw(tmp_path / "p.png", None, detect.CocoImages(scenes, "val"), config(), ONE.device)
+    assert [labels.tolist() for labels in seen[::2]] == [labels.tolist() for labels in seen[1::2]]
 
 
 def test_without_pycocotools_one_sentence(monkeypatch, capsys):

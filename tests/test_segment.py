@@ -293,7 +293,7 @@ def test_crops_keep_labels_on_their_pixels(monkeypatch, size):
 
 
 def test_crops_have_half_to_twice_the_scale_and_at_most_three_quarters_of_a_class(monkeypatch):
-    """One class fills 70 % of the left half and 80 % of the right one: places left of the middle are taken."""
+    """One class fills 70 % of the left half and 80 % of the right one: places at the left are taken."""
     assert scaled_size((480, 640), 512) == [512, 683] and scaled_size((640, 480), 256) == [341, 256]
     assert scaled_size((100, 800), 512) == [256, 2048]  # 2048 x 512 bounds the long side too
     asked, shares, image = [], [], torch.zeros(3, 100, 200, dtype=torch.uint8)
