@@ -135,10 +135,11 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_size(self.task, self.img_size, self.patch_size)
-        if is_masked(self.task) != (0 < self.num_masked < self.num_patches):
-            raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {self.num_masked} of "
-                             f"{self.num_patches} patches: in tasks mask..., and in no others, "
-                             "some must be hidden and some visible")
+        hidden, least = self.num_masked, int(is_masked(self.task))
+        if not least <= hidden <= least * (self.num_patches - 1):
+            raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {hidden} of "
+                             f"{self.num_patches} patches: in tasks mask... some must be hidden and "
+                             "some visible, in others none hidden")
         if self.crop_min > 1:
             raise ValueError("--crop_min is at most 1")
 
@@ -303,13 +304,20 @@ def area_resize(images, size):
     return rows @ images @ columns.T
 
 
-def normalise_patches(images, patch_size):
-    """Normalised images (B, 3, S, S) to patches (B, N, P*P*3), each of mean 0 and std 1 per colour,
-    with the unbiased std, of pixels in 0 .. 1 [code]; MAE takes the three colours together. Δ"""
+def patch_statistics(images, patch_size):
+    """(pixels, mean, std) of the patches of normalised images (B, 3, S, S): pixels in 0 .. 1,
+    (B, N, P*P, 3), mean and the unbiased std of each patch and colour (B, N, 1, 3) [code]."""
     patches = common.patchify(common.unnormalise(images), patch_size)  # (B, N, P*P*3)
     pixels = rearrange(patches, "b n (pq c) -> b n pq c", c=3)
     std, mean = torch.std_mean(pixels, dim=2, keepdim=True)
-    return rearrange((pixels - mean) / (std + 1e-6), "b n pq c -> b n (pq c)")
+    return pixels, mean, std
+
+
+def normalise_patches(images, patch_size):
+    """Normalised images (B, 3, S, S) to patches (B, N, P*P*3), each of mean 0 and std 1 per colour
+    [code]; MAE takes the three colours together. Δ"""
+    pixels, mean, std = patch_statistics(images, patch_size)
+    return ((pixels - mean) / (std + 1e-6)).flatten(2)  # (B, N, P*P*3)
 
 
 def pixel_target(task, clean, patch_size, img_size):
@@ -387,9 +395,9 @@ class BeyondMasking(nn.Module):
     def predict(self, view, ids_keep=None, ids_masked=None):
         """Views (B, C, S, S) to the pred of all patches (B, N, P*P*3), in its own frame; which
         patches are visible is said by the ids (B, V), (B, M), or all are."""
-        N = math.prod(self.encoder.grid)
-        tokens = self.encoder(view, ids_keep=ids_keep)[:, -N:]  # (B, V, D), no class token
-        x = self.encoder_to_decoder(tokens)  # (B, V, E)
+        tokens = self.encoder(view, ids_keep=ids_keep)
+        patches = tokens[:, 1:] if self.encoder.cls_token is not None else tokens  # (B, V, D)
+        x = self.encoder_to_decoder(patches)  # (B, V, E)
         if ids_keep is not None:
             ids_restore = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)  # (B, N)
             masked = self.mask_token.expand(*ids_masked.shape, -1)  # (B, M, E)
@@ -503,12 +511,11 @@ def preview(path, config, model, batch, device):
         hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=vit.grid[0])
         seen = seen.where(F.interpolate(hidden, size=seen.shape[-2:]) == 0, 0.5)
     # pred is of patches whose mean and std are 0 and 1: it gets those of the true patch back.
-    whole = common.unnormalise(area_resize(clean, vit.img_size))  # (B, 3, S, S)
-    pixels = rearrange(common.patchify(whole, vit.patch_size), "b n (pq c) -> b n pq c", c=3)
-    std, mean = torch.std_mean(pixels, dim=2, keepdim=True)
+    pixels, mean, std = patch_statistics(area_resize(clean, vit.img_size), vit.patch_size)
     pred = rearrange(model.predict(view, *ids), "b n (pq c) -> b n pq c", c=3) * std + mean
-    pred = common.unpatchify(pred.flatten(2), vit.patch_size, vit.grid)  # (B, 3, S, S)
-    common.save_panels(path, list(zip(common.unnormalise(clean), seen, whole, pred)),
+    target, pred = (common.unpatchify(x.flatten(2), vit.patch_size, vit.grid)
+                    for x in (pixels, pred))  # (B, 3, S, S), (B, 3, S, S)
+    common.save_panels(path, list(zip(common.unnormalise(clean), seen, target, pred)),
                        ["clean", f"seen: {config.task}", "target", "prediction"],
                        "4th: each patch has its mean and std from the true image: that leaks.")
 

@@ -169,8 +169,8 @@ class ViT(nn.Module):
             self.pos_embed[0, -len(table):] = table.to(self.pos_embed)
 
     def embed(self, images, mask=None, ids_keep=None):
-        """(B, C, H, W) images to (B, 1+V, D) tokens before the first block. The visible patches are
-        told by `mask` (B, N), or by their ids (B, V) if these are there already; else all are."""
+        """(B, C, H, W) images to (B, 1+V, D) tokens before the first block. Visible are those
+        that `mask` (B, N) says, or their ids (B, V) if these are known already, or all."""
         C, H, W = self.config["in_chans"], *self.img_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (C, H, W):
             raise ValueError(f"images of shape {tuple(images.shape)} were given, this ViT expects "
@@ -596,7 +596,7 @@ def autocast(device, precision):
 
 
 def compile_blocks(config, device, *models):
-    """torch.compile per transformer block, which is told by its `mlp`: in place, so that state-dict
+    """torch.compile per transformer block, which is known by its `mlp`: in place, so that state-dict
     keys stay clean, and equal blocks share a program. Stochastic depth makes them unequal, by its
     rate; beyond its limit of programs, which is 8 and has no public name, torch would leave further
     blocks as they are, with no more than a warning."""
@@ -978,8 +978,9 @@ class RunConfig(TrainConfig):
     @property
     def facts(self):
         """Lines of the printed recipe, {label: text}."""
-        return dict(model=self.model, hidden=f"{self.num_masked} of {self.num_patches} patches", lr=(
-            f"{self.peak_lr:.2e} at the peak (--lr {self.lr:.2e}, batch {self.batch_size})"))
+        lr = f"{self.peak_lr:.2e} at the peak (--lr {self.lr:.2e}, batch {self.batch_size})"
+        return dict(model=self.model, lr=lr,
+                    hidden=f"{self.num_masked} of {self.num_patches} patches")
 
 
 def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=None):
@@ -1027,7 +1028,7 @@ def describe(facts, config, model, plan, dist, data, folder):
         steps=f"{plan.total_steps:,} = {plan.total_steps / plan.steps_per_epoch:g} epochs x "
               f"{plan.steps_per_epoch:,}",
         device=f"{dist.device}, {'bf16' if uses_bf16(dist.device, config.precision) else 'fp32'}",
-        files=f"{folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png",
+        files=f"{folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, pictures",
         recipe=json.dumps(vars(config)))
     print("\n".join(f"{label:8} {text}" for label, text in lines.items()), flush=True)
 

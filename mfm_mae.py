@@ -120,6 +120,8 @@ class Config(common.RunConfig):
         if not 0 < self.num_masked < self.num_patches:
             raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {self.num_masked} of "
                              f"{self.num_patches} patches: some must be hidden, some visible")
+        if self.img_size < 5:
+            raise ValueError("--img_size is at least 5: 4 pixels are reflected around the image")
         if not re.fullmatch(r"|none|\d+(,\d+)*", self.fuse):
             raise ValueError(f"--fuse {self.fuse} should read like 0,2,4,6,8,11, or none")
 

@@ -62,6 +62,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+if not __package__:  # started by its file name, Python does not find common.py
+    raise SystemExit("error: start it as `python -m eval.detect`")
 import common
 from common import flag
 from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, check_classes, fit, layer_groups,
@@ -98,6 +100,11 @@ class Config(EvalConfig, common.TrainConfig):
     global_blocks: int = flag(4, "evenly spaced blocks that attend to all patches [D1]", positive=True)
     channels: int = flag(256, "channels of pyramid and heads [D1]", positive=True)
     rois: int = flag(512, "the box head's proposals per image, a quarter of the RPN's [D1]", positive=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scale_min > self.scale_max or self.drop_path >= 1:
+            raise ValueError("--scale_min is at most --scale_max, and --drop_path below 1")
 
 
 def coco_tools():
@@ -450,7 +457,8 @@ def train(config, run, dist, started):
     common.describe(facts, config, model, plan, dist, sets, run.folder)
     if config.dry_run:
         return
-    common.compile_blocks(config, dist.device, [model.backbone])
+    if config.compile == "on" or (config.compile == "auto" and dist.device.type == "cuda"):
+        model.backbone.compile()  # whole, as `windowed` does not call the blocks
     groups = layer_groups(model, vit, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, config.lr)
     samples = common.Samples(images, functools.partial(jitter, config), config.seed)
@@ -484,9 +492,8 @@ def evaluate_only(config, dist, started):
     config = dataclasses.replace(config, **{name: state["config"][name] for name in kept})
     val = CocoImages(config.data, "val")
     check_classes(val, common.Images([], classes=state["classes"], name=str(path)))
-    model = Detector(common.ViT(**state["encoder"]), len(val.classes), config)
+    model = Detector(common.ViT(**state["encoder"]), len(val.classes), config).to(dist.device)
     model.load_state_dict(state["model"])
-    model.to(dist.device)
     if dist.is_main:
         draw(path.with_name("detections.png"), model, val, config, dist.device)
     report(config, model, val, dist, path, started, state["step"])

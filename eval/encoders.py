@@ -35,6 +35,8 @@ from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save
 
+if not __package__:  # started by its file name, Python does not find common.py
+    raise SystemExit("error: start it as `python -m eval.encoders`")
 import common
 
 # First words of the keys that belong to an encoder, and not to a head or a decoder.

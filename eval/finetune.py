@@ -44,6 +44,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+if not __package__:  # started by its file name, Python does not find common.py
+    raise SystemExit("error: start it as `python -m eval.finetune`")
 import common
 from common import flag
 from eval.data import find_labelled

@@ -48,6 +48,8 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
+if not __package__:  # started by its file name, Python does not find common.py
+    raise SystemExit("error: start it as `python -m eval.segment`")
 import common
 from common import flag
 from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, fit, layer_groups, open_checkpoint,
@@ -398,6 +400,8 @@ def train(encoder, data, config, run, dist):
     plan = dataclasses.replace(plan, total_steps=config.steps)
     several_gpus = dist.world > 1 and device.type == "cuda" and config.head == "upernet"
     norm = run.state["norm"] if run.state else "batch" if several_gpus else "group"
+    if norm == "batch" and not several_gpus:
+        raise ValueError(f"the run in {run.folder} has SyncBatchNorm: go on with several GPUs, as it began")
     model = Segmenter(encoder, config, norm).to(device)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if norm == "batch" else model
     head = "a linear layer" if model.linear else f"UPerNet on blocks {model.out_indices}, {norm} norm"
