@@ -138,8 +138,8 @@ class Config(common.RunConfig):
         hidden, least = self.num_masked, int(is_masked(self.task))
         if not least <= hidden <= least * (self.num_patches - 1):
             raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {hidden} of "
-                             f"{self.num_patches} patches: in tasks mask... some must be hidden and "
-                             "some visible, in others none hidden")
+                             f"{self.num_patches} patches: in tasks mask... some must be hidden "
+                             "and some visible, in others none hidden")
         if self.crop_min > 1:
             raise ValueError("--crop_min is at most 1")
 

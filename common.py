@@ -596,10 +596,10 @@ def autocast(device, precision):
 
 
 def compile_blocks(config, device, *models):
-    """torch.compile per transformer block, which is known by its `mlp`: in place, so that state-dict
-    keys stay clean, and equal blocks share a program. Stochastic depth makes them unequal, by its
-    rate; beyond its limit of programs, which is 8 and has no public name, torch would leave further
-    blocks as they are, with no more than a warning."""
+    """torch.compile per transformer block (whatever has an `mlp`), in place: state-dict keys stay
+    clean, equal blocks share a program. Stochastic depth makes them unequal, by its rate; beyond
+    its limit of programs, which is 8 and has no public name, torch would leave further blocks as
+    they are, with no more than a warning."""
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         blocks = [part for model in models for part in model.modules() if hasattr(part, "mlp")]
         limits = torch._dynamo.config

@@ -7,9 +7,7 @@ import torch
 
 from helpers import write_images
 
-
-def pytest_configure(config):
-    torch.set_num_threads(1)  # the models are so small that a second thread only costs
+torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 
 @pytest.fixture(autouse=True)

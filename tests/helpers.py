@@ -87,12 +87,10 @@ def wait_for(process, happened, seconds=90):
 
 
 def read_log(folder):
-    """The lines of log.jsonl, which must be JSON in the strict sense: no NaN, no Infinity."""
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
+    """The lines of log.jsonl, which must be JSON in the strict sense: `int` refuses NaN and Infinity."""
     text = (Path(folder) / "log.jsonl").read_text()
     assert text.endswith("\n")
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return [json.loads(line, parse_constant=int) for line in text.splitlines()]
 
 
 def numbers(folder):
@@ -122,8 +120,7 @@ def assert_same_run(ours, theirs):
     assert differences(left, right) == []
     assert numbers(ours) == numbers(theirs)
     files = [folder / "encoder.safetensors" for folder in (ours, theirs)]
-    left, right = (file.read_bytes() if file.exists() else None for file in files)
-    assert left == right
+    assert len({file.read_bytes() if file.exists() else None for file in files}) == 1
 
 
 def teacher_file(folder, name="test_clip", embed_dim=24, quick_gelu=False, **vision):

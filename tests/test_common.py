@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -183,8 +182,6 @@ def test_ids_ascend_and_tokens_are_gathered_by_row():
 
 
 class Draws:
-    """A transform that gives away the picture and the generator it was handed."""
-
     def __call__(self, image, label):
         return image.float().mean(), torch.rand(3)
 
@@ -300,17 +297,15 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
     refused(ValueError, r"00\.png cannot be read", str(tmp_path))  # before the training
     monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", path)))
     refused(PermissionError, "denied", str(tmp_path))  # otherwise the data would be less than the user thinks
-    monkeypatch.setitem(sys.modules, "demo.scenes", None)
-    refused(FileNotFoundError, "demo/", "scenes")
 
 
 def test_cifar10_in_torchvisions_format_and_built_in_scenes(tmp_path, monkeypatch):
-    folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
     monkeypatch.setenv("CIFAR10", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="CIFAR10.*download=True"):
         common.find_data("cifar10", "train")
     folder.mkdir()
-    rows = random.integers(256, size=(6, 2, 3072), dtype=np.uint8)
+    rows = np.random.default_rng(0).integers(256, size=(6, 2, 3072), dtype=np.uint8)
     for number, name in enumerate([f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]):
         (folder / name).write_bytes(pickle.dumps({"data": rows[number], "labels": [number, 9]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
@@ -373,17 +368,6 @@ def test_learning_rate_by_numpy():
     for warmup in (0, 1):
         rates = [common.learning_rate(step, 1.0, warmup, 10) for step in range(10)]
         assert rates[0] == 1.0 - warmup and max(rates) == 1.0 and all(0 <= rate <= 1 for rate in rates)
-
-
-def test_parameter_groups_spare_biases_norms_and_gains():
-    vit = common.ViT(**SMALL, init_values=0.1)
-    decay, rest = common.parameter_groups(vit, 0.3)
-    names = {id(parameter): name for name, parameter in vit.named_parameters()}
-    decayed, spared = ({names[id(parameter)] for parameter in group["params"]} for group in (decay, rest))
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    assert decayed | spared == set(names.values()) - {"pos_embed"} and not decayed & spared
-    matrices = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "cls_token")
-    assert decayed == {name for name in names.values() if name.endswith(matrices)}
 
 
 def test_a_writer_that_fails_or_is_killed_leaves_the_old_file(tmp_path):

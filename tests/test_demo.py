@@ -45,7 +45,6 @@ def test_maps_boxes_and_captions_fit_the_image():
     assert not ((SCENES.maps >= 2) & (SCENES.maps != 2 + SCENES.labels[:, None, None])).any()
     assert SCENES.labels.bincount(minlength=10).min() > 60  # of 100 expected
     assert SCENES.maps.unique().tolist() == list(range(12))
-    assert (SCENES.maps == 0).float().mean() > .2 and (SCENES.maps == 1).float().mean() > .2
     tokens = tokenize(SCENES.captions)
     ends = tokens.argmax(dim=1)  # open_clip pools at the largest id: that is the end token, once in each row
     assert [" ".join(WORDS[i] for i in row[1:end]) for row, end in zip(tokens, ends)] == SCENES.captions
