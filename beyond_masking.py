@@ -28,7 +28,6 @@ around the view. The log shows these two as `centre` and `border`.
   decolor   S       one random mix of its colours     it, in colour          all            81.4
   mask+zoom_in      zoom_in, 75 % of the view hidden                         hidden, border 83.2
 (ViT-B, 300 epochs, fine-tuned on ImageNet-1K [readme].) mask+zoom_out and mask+distort work too.
-S = 224 makes 288 and 160 of the zooms' clean images, 18 and 10 whole patches a side.
 
   loss = mean over patches of |p - phi(O)|^2 / 3PP,  phi(x) = (x - mean x) / std x per patch, colour
   zoom_in:  0.8 |c(p) - phi(c(O))|^2 over c, the centre, + 0.2 |p - phi(O)|^2 over the border
@@ -90,10 +89,8 @@ from common import flag
 # Config
 
 METHOD = "beyond_masking"  # in files and in the name of the run's folder
-
 TASKS = ("mask", "zoom_in", "zoom_out", "distort", "blur", "decolor",
          "mask+zoom_in", "mask+zoom_out", "mask+distort")
-
 COLUMNS = "embed_dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads"
 SIZES = {model: dict(zip(COLUMNS, row)) for model, row in {
     "vit_ti": (192, 12, 3, 96, 4, 3),  # [D6]
@@ -171,8 +168,6 @@ def check_size(task, img_size, patch_size):
 
 # --------------------------------------------------------------------------------------------------
 # Corrupt: what is done to an image, and what is drawn for it
-
-
 def clean_size(task, img_size):
     """(H, W) of the clean image for a view of `img_size`: 9/7 of it, 5/7 of it, or the same. Δ"""
     scale = dict(zoom_in=9, zoom_out=5).get(degradation(task), 7)  # of 224: 288, 160, 224 [code]
@@ -284,8 +279,6 @@ def inputs(batch, device):
 
 # --------------------------------------------------------------------------------------------------
 # Target: pixels of the clean image
-
-
 @functools.cache
 def area_matrix(old, new, device, dtype):
     """(new, old): row i averages the pixels floor(i old/new) .. ceil((i+1) old/new) - 1."""
@@ -332,8 +325,6 @@ def pixel_target(task, clean, patch_size, img_size):
 
 # --------------------------------------------------------------------------------------------------
 # Model
-
-
 class Decoder(nn.Module):
     """Blocks, LayerNorm, linear head, on all patches [code]."""
 
@@ -373,8 +364,7 @@ class BeyondMasking(nn.Module):
         N = math.prod(self.encoder.grid)
         self.encoder.set_positions(common.sinusoid_1d(embed_dim, N))  # Δ not 2-D [code]
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_dim, bias=False)
-        mask_token = torch.zeros(1, 1, decoder_dim)
-        self.mask_token = nn.Parameter(mask_token, requires_grad=is_masked(task))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim), is_masked(task))
         self.decoder = Decoder(self.encoder.grid, decoder_dim, decoder_depth, decoder_heads,
                                3 * math.prod(self.encoder.patch_size))
         # Linear layers of the blocks and the head: a normal of std 0.02 cut at one sigma, biases 0.
@@ -386,9 +376,8 @@ class BeyondMasking(nn.Module):
                 if isinstance(layer, nn.Linear):
                     nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
                     nn.init.zeros_(layer.bias)
-        for token in (self.mask_token, self.encoder.cls_token):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        for token in (self.mask_token, *([self.encoder.cls_token] if class_token else [])):
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
         for part in (self.encoder, self.decoder):
             common.freeze_key_bias(part)  # biases for q and v only [code]
 
@@ -444,9 +433,8 @@ def rgb_encoder(encoder):
     """The encoder for RGB images: decolor's, of one channel, gets a third of it per colour [D4]."""
     if encoder.config["in_chans"] == 3:
         return encoder
-    rgb = common.ViT(**{**encoder.config, "in_chans": 3})
-    weight = encoder.patch_embed.proj.weight.detach().cpu()  # (D, 1, P, P)
-    state = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
+    rgb, state = common.ViT(**{**encoder.config, "in_chans": 3}), encoder.state_dict()
+    weight = encoder.patch_embed.proj.weight.detach()  # (D, 1, P, P)
     rgb.load_state_dict({**state, "patch_embed.proj.weight": weight.expand(-1, 3, -1, -1) / 3})
     return rgb
 
@@ -462,8 +450,6 @@ def example(config):
 
 # --------------------------------------------------------------------------------------------------
 # Loss
-
-
 def recovery_loss(task, pred, target, params, ids_masked, patch_size, grid):
     """(loss, parts) of pred (B, N, P*P*3), in fp32; ids_masked (B, M) or None. Where the view shows
     another part of the clean image than pred, both pred and target are brought to the clean image's
@@ -497,8 +483,6 @@ def patch_error(pred, target, ids_masked):
 
 # --------------------------------------------------------------------------------------------------
 # Preview
-
-
 @torch.no_grad()
 def preview(path, config, model, batch, device):
     """Draws a batch of `Augment` as rows: clean | view, hidden patches grey | target | pred."""
@@ -522,8 +506,6 @@ def preview(path, config, model, batch, device):
 
 # --------------------------------------------------------------------------------------------------
 # Train
-
-
 def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = dist.device
@@ -569,8 +551,6 @@ def train(config, run, dist):
 
 # --------------------------------------------------------------------------------------------------
 # Main
-
-
 def main(argv=None):
     config = common.parse_config(Config, __doc__, SIZES, DEMO, argv, DEPENDS)
     common.main(METHOD, config, example, train)

@@ -140,8 +140,6 @@ class Config(common.RunConfig):
 
 # --------------------------------------------------------------------------------------------------
 # Corrupt: which patches are hidden, and the crop that student and teacher share
-
-
 def block_mask(grid, num_masked, rng):
     """One mask of rectangles with exactly `num_masked` hidden cells, as rows of 0 and 1. Δ
 
@@ -156,6 +154,7 @@ def block_mask(grid, num_masked, rng):
                          "one patch must stay visible, and blocks need at least 2 x 2")
     mask, left, tries = [[0] * columns for _ in range(rows)], num_masked, 0
     while left:
+        # The area is drawn evenly, the aspect on a logarithmic scale: 1 : 3 as often as 3 : 1.
         # At least 16 cells are aimed at [code]; with fewer left, `uniform` runs from 16 down.
         area, tries = rng.uniform(16 if tries < 1000 else 1, left), tries + 1  # [D6]
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -193,16 +192,15 @@ class Augment:
 
     def __call__(self, image, label):  # labels have no use here
         config = self.config
+        # A teacher that sees other colours than the student would ask for them.
         image = self.jitter(image)
         if torch.rand(()) < 0.5:
             image = TF.horizontal_flip(image)
         box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), ratio=(3 / 4, 4 / 3))
         crops = [TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC)
                  for size in self.sizes]
-        if config.mask == "block":
-            mask = block_masks(1, config.grid, config.num_masked)
-        else:
-            mask = common.random_masks(1, config.num_patches, config.num_masked)
+        mask = block_masks(1, config.grid, config.num_masked) if config.mask == "block" else \
+            common.random_masks(1, config.num_patches, config.num_masked)
         return *crops, mask[0]
 
 
@@ -217,14 +215,14 @@ def inputs(batch, teacher, device):
 
 # --------------------------------------------------------------------------------------------------
 # Target: the tokens of a frozen CLIP image tower
-
-
 @torch.no_grad()
 def clip_targets(visual, images):
     """Images (B, 3, S, S), normalised for the tower, to its tokens (B, 1+N, C) in float32. Δ
 
     ln_post and the projection are applied to all tokens, class token first, then patches in raster
-    order [code]; open_clip itself projects the pooled one only [D5]. Nothing is normalised here.
+    order [code]; open_clip itself projects the pooled one only [D5]. The projection leads to the
+    space that images and captions share, so that a patch's vector says what would be written about
+    it. Nothing is normalised here.
     """
     visual.output_tokens = True  # open_clip's switch for the patches beside the pooled token
     pooled, patches = visual(images.to(visual.conv1.weight.dtype))
@@ -308,15 +306,11 @@ def teacher_size(spec, grid):
 
 # --------------------------------------------------------------------------------------------------
 # Model
-
-
 class CrossAttention(nn.Module):
     """Multi-head attention with its own input for each of q, k, v. There is no key bias [code]."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"regressor width {dim} is not a multiple of {num_heads} heads")
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim, bias=False)
@@ -358,6 +352,7 @@ class RegressorBlock(nn.Module):
         positions = torch.cat([z_positions, m_positions], dim=1)  # (B, N, R)
         a = self.attn(self.norm_q(m + m_positions), self.norm_k(context + positions),
                       self.norm_v(context))  # (B, M, R)
+        # Not pre-norm as elsewhere: what `norm_2` gives goes on, also past the MLP [code].
         u = self.norm_2(m + self.drop_path(self.ls1(a)))
         return u + self.drop_path(self.ls2(self.mlp(u)))
 
@@ -404,15 +399,19 @@ class CAEv2(nn.Module):
         (B, M, C)}: one LayerNorm and one linear layer for all of them."""
         z = self.adapter(self.encoder(images, ids_keep=ids_keep))  # (B, 1+V, R)
         tokens = {}
-        if supervise != "masked":  # Δ what the encoder saw is supervised too
+        # What the encoder saw is supervised too: the gradient of these tokens goes straight to the
+        # encoder, through no other network than the head. Δ
+        if supervise != "masked":
             tokens.update(cls=z[:, :1], visible=z[:, 1:])
+        # A hidden patch starts as the same token everywhere, known by its position alone, and
+        # reads what the encoder made of the visible ones. Without the class token [code].
         if supervise != "visible" and ids_masked.shape[1]:
             positions = self.positions.expand(len(z), -1, -1)  # (B, N, R)
             z_positions = common.gather(positions, ids_keep)  # (B, V, R)
             m_positions = common.gather(positions, ids_masked)  # (B, M, R)
             m = self.mask_token.expand_as(m_positions)  # (B, M, R)
             for block in self.regressor:
-                m = block(m, z[:, 1:], m_positions, z_positions)  # without the class token [code]
+                m = block(m, z[:, 1:], m_positions, z_positions)
             tokens["masked"] = m
         pred = self.head(self.head_norm(torch.cat(list(tokens.values()), dim=1)))  # (B, T, C)
         return dict(zip(tokens, pred.split([x.shape[1] for x in tokens.values()], dim=1)))
@@ -430,6 +429,8 @@ class CAEv2(nn.Module):
         if tuple(targets.shape) != expected:
             raise ValueError(f"targets of shape {tuple(targets.shape)} were given, expected is "
                              f"{expected}: class token and patches, of the teacher's width")
+        # The target of a token is the teacher's token of the same place, which saw the whole image,
+        # the hidden patches too.
         target = dict(cls=targets[:, :1], visible=common.gather(targets[:, 1:], ids_keep),
                       masked=common.gather(targets[:, 1:], ids_masked))
         pred = self.predict(images, ids_keep, ids_masked, supervise)
@@ -467,8 +468,6 @@ def example(config):
 
 # --------------------------------------------------------------------------------------------------
 # Loss
-
-
 def cosine_distance(pred, target):
     """1 - cosine of pred and target, both (B, T, C), as (B, T), in fp32 (float64 stays). Δ
 
@@ -482,8 +481,6 @@ def cosine_distance(pred, target):
 
 # --------------------------------------------------------------------------------------------------
 # Preview
-
-
 @torch.no_grad()
 def preview(path, config, model, teacher, batch, device):
     """Draws a batch of `Augment` as rows: image | visible patches | cosine of pred and target at
@@ -509,16 +506,12 @@ def preview(path, config, model, teacher, batch, device):
 
 # --------------------------------------------------------------------------------------------------
 # Train
-
-
 def train(config, run, dist):
     """Pre-training from start to end: lr, target, forward, backward, step, log, save."""
     device = dist.device
     images = common.find_data(config.data, "pretrain", config.img_size)
-    for turn in (True, False):  # the main process fetches weights, the others then find them
-        if dist.is_main == turn:
-            teacher = load_teacher(config.teacher, teacher_size(config.teacher, config.grid))
-        dist.all_reduce(torch.zeros(1))
+    # Every process asks for the weights; the hub's own lock lets one of a machine fetch them.
+    teacher = load_teacher(config.teacher, teacher_size(config.teacher, config.grid))
     # Cast once [D3]: autocast would cast the weights anew in each step.
     bf16 = common.uses_bf16(device, config.precision)
     teacher.to(device, torch.bfloat16 if bf16 else torch.float32)
@@ -567,8 +560,6 @@ def train(config, run, dist):
 
 # --------------------------------------------------------------------------------------------------
 # Main
-
-
 def main(argv=None):
     config = common.parse_config(Config, __doc__, SIZES, DEMO, argv, DEPENDS)
     common.main(METHOD, config, example, train)

@@ -49,8 +49,6 @@ VERSION = 1  # of the files written here
 PEAK_FLOPS = dict(A100=312e12, H100=989e12, H200=989e12)  # dense bf16, as the maker states
 
 # ---- 1  ViT --------------------------------------------------------------------------------------
-
-
 class LayerScale(nn.Module):
     """A learnable gain per channel on a residual branch."""
 
@@ -238,8 +236,6 @@ def freeze_key_bias(vit):
 
 
 # ---- 2  patches and masks ------------------------------------------------------------------------
-
-
 def patchify(images, patch_size):
     """(B, C, H, W) to (B, N, P*Q*C): patches in raster order, each as (row, column, channel)."""
     P, Q = pair(patch_size)
@@ -306,8 +302,6 @@ def gather(tokens, ids):
 
 
 # ---- 3  randomness -------------------------------------------------------------------------------
-
-
 def seed_for(*key):
     """A 63-bit seed from ints and strings, the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
@@ -481,11 +475,7 @@ def unnormalise(images):
 # ==================================================================================================
 # From here on plumbing: nothing below changes what is learnt.
 # ==================================================================================================
-
-
 # ---- 5  processes --------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Dist:
     """The three facts of distributed training. Only the process `is_main` prints, saves, draws."""
@@ -527,8 +517,6 @@ def distributed(device="auto"):
 
 
 # ---- 6  optimisation -----------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a global batch becomes micro batches, and epochs become steps."""
@@ -609,8 +597,6 @@ def compile_blocks(config, device, *models):
 
 
 # ---- 7  files ------------------------------------------------------------------------------------
-
-
 def write_atomically(path, write):
     """`write(temporary path)`, then rename: who is killed in between leaves the old file whole."""
     path = Path(path)
@@ -697,7 +683,7 @@ class Run:
     """The folder of a run, and what every training loop needs: its steps, its batches, its log.
 
     Files: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png. `state` is the content
-    of last.pt, or None in a new folder. Nothing is written before `begin`.
+    of last.pt, {} in a new folder. Nothing is written before `begin`.
     """
 
     def __init__(self, method, config, out, kind="pretraining"):
@@ -878,8 +864,6 @@ def num_workers(config):
 
 
 # ---- 9  pictures ---------------------------------------------------------------------------------
-
-
 def save_panels(path, rows, captions, note="", side=168):
     """Writes rows of (3, H, W) images in 0..1 as one PNG: captions on top, a note below. Enlarged
     without smoothing, so that patches keep their edges and small images stay honest."""
@@ -904,8 +888,6 @@ def colour_map(values):
 
 
 # ---- 10  command line ----------------------------------------------------------------------------
-
-
 def flag(default, help, positive=False):
     """A dataclass field that is also a command-line flag; the help names a default's source.
     Numbers are at least 0, or above it where they must be `positive`."""

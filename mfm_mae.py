@@ -141,8 +141,6 @@ class Config(common.RunConfig):
 
 # --------------------------------------------------------------------------------------------------
 # Corrupt: the crop, and which patches are hidden
-
-
 class Augment:
     """Makes a training sample in a worker: image uint8 (3, S, S), mask (N,) bool.
     `resize_crop`: short side to S, 4 pixels of reflection around, a crop of S anywhere [code]. Δ
@@ -174,8 +172,6 @@ def inputs(batch, device):
 
 # --------------------------------------------------------------------------------------------------
 # Target: the pixels of the hidden patches
-
-
 def pixel_target(images, ids, patch_size, norm_pix=True, kind="pixels"):
     """(target, mean, std) of the patches `ids` (B, K) of normalised images (B, C, H, W): vectors
     (B, K, P*P*C) in the order (row, column, channel), if `norm_pix` normalised each by its own mean
@@ -204,8 +200,6 @@ def low_pass(images):
 
 # --------------------------------------------------------------------------------------------------
 # Model
-
-
 def projections(dim, num_blocks, kind):
     """One map per fused block: its own linear layer [code]; the last block stays as it is. Δ"""
     maps = [nn.Linear(dim, dim) if kind == "linear" else nn.Identity()
@@ -364,8 +358,6 @@ def example(config):
 
 # --------------------------------------------------------------------------------------------------
 # Loss
-
-
 def squared_error(pred, target):
     """Mean squared error of each patch, both (B, M, P*P*C), as (B, M), in fp32 (float64 stays). The
     loss is its mean over all hidden patches of the batch; visible patches do not count [mae]."""
@@ -375,8 +367,6 @@ def squared_error(pred, target):
 
 # --------------------------------------------------------------------------------------------------
 # Preview
-
-
 @torch.no_grad()
 def preview(path, config, model, batch, device):
     """Draws a batch of `Augment` as rows: image | visible patches | prediction of every patch |
@@ -400,8 +390,6 @@ def preview(path, config, model, batch, device):
 
 # --------------------------------------------------------------------------------------------------
 # Train
-
-
 def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = dist.device
@@ -446,8 +434,6 @@ def train(config, run, dist):
 
 # --------------------------------------------------------------------------------------------------
 # Main
-
-
 def main(argv=None):
     config = common.parse_config(Config, __doc__, SIZES, DEMO, argv, DEPENDS)
     common.main(METHOD, config, example, train)

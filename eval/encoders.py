@@ -10,14 +10,11 @@
     official Beyond Masking               the same, and no pos_embed         `fused_biases`, 1-D sinusoid
     mmpretrain                            backbone.patch_embed.projection    `MMPRETRAIN`
 
-A new format needs a few more lines in `to_timm`: everything after it knows timm's names only. All sizes are
-inferred from shapes. The position table is loaded, because two orders of the sin-cos table are in use, and
-it is resized for another image size. The 1-D sinusoid of Beyond Masking cannot be resized: from one row of
-patches to the next its fast channels pass through more than a full period, so an interpolated value belongs
-to no position. It is computed again.
-
-An incomplete encoder is an error, and so is a part of the file's encoder that ViT does not have: in both
-cases the features would look plausible and be wrong.
+A new format needs a few more lines in `to_timm`: everything after it knows timm's names only. Sizes are
+inferred from shapes. The position table is that of the file, as two orders of the sin-cos table are in use;
+for another image size it is resized, but the 1-D sinusoid of Beyond Masking is computed again: its fast
+channels pass through more than a full period per row of patches, so interpolation makes no sense there.
+A missing part is an error, and so is one that ViT does not have: the features would be plausible and wrong.
 
 Dimension key: D width, P x Q size of a patch, N patches, h x w grid of patches; N', h', w' after a resize.
 """
@@ -47,13 +44,11 @@ BACKBONE = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre
 def load_encoder(path, **override):
     """The encoder of a checkpoint as a `common.ViT`: float32, on the CPU, in training mode.
 
-    `path` is a file, or the folder of a run. `override` replaces arguments of ViT. With another `img_size`
-    the position table is resized (bicubic; the row of the class token is kept); `in_chans=3` makes an
-    encoder of grey images accept RGB; `num_heads` and `drop_path_rate` are free; all others must agree with
-    the file. No weight shows the number of heads: it is the override, else what the file says, else what
-    `assumed_heads` returns.
-    Prints three lines: loaded, new, ignored. Raises FileNotFoundError, or ValueError if the file cannot be
-    read safely, holds no encoder of a known format, or only a part of one.
+    `path` is a file, or the folder of a run. `override` replaces arguments of ViT: with another `img_size`
+    the position table is resized (bicubic, without the class token's row); `in_chans=3` makes an encoder of
+    grey images accept RGB; `num_heads`, which no weight shows, and `drop_path_rate` are free; all others
+    must agree with the file. Prints three lines: loaded, new, ignored. Raises FileNotFoundError, or
+    ValueError for a file that cannot be read safely or holds no complete encoder of a known format.
     """
     path = find_file(path)
     state, known, _ = read_state(path)
@@ -83,8 +78,7 @@ def find_file(path):
     for file in (path, path / "encoder.safetensors", path / "last.pt"):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"there is no checkpoint at {path}, which is no file and holds neither "
-                            "encoder.safetensors nor last.pt: give a file, or the folder of a run")
+    raise FileNotFoundError(f"no checkpoint at {path}, and neither encoder.safetensors nor last.pt in it")
 
 
 def read_state(path):
@@ -104,8 +98,7 @@ def read_state(path):
     return state, known, about.get("method")
 
 
-# --------------------------------------------------------------------------------------------------
-# formats
+# ---- formats -------------------------------------------------------------------------------------
 
 # Parts of others' names and ours for them, replaced in this order.
 MMPRETRAIN = (("backbone.ln1.", "encoder.norm."), ("backbone.layers.", "encoder.blocks."),
@@ -117,12 +110,9 @@ LAYER_SCALE = ((".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
 
 def renamed(state, names):
     """A state dict with other names: each (old, new) of `names` is replaced in its keys, in this order."""
-    result = {}
-    for key, value in state.items():
-        for old, new in names:
-            key = key.replace(old, new)
-        result[key] = value
-    return result
+    for old, new in names:
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
 
 
 def fused_biases(state):
@@ -155,8 +145,7 @@ def to_timm(state):
     for key, ndim in {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}.items():
         if key not in weights or weights[key].ndim != ndim:
             raise ValueError(f"this is no vision transformer in a known format: {len(state)} tensors "
-                             f"({', '.join(list(state)[:3])} ...), but no {key} with {ndim} dimensions; "
-                             "known are our files, timm, MAE, mmpretrain, CAE v2 and Beyond Masking")
+                             f"({', '.join(list(state)[:3])} ...), but no {key} with {ndim} dimensions")
     return form, weights, outside
 
 
@@ -207,13 +196,12 @@ def table_grid(rows, class_token, patch, known, override):
 
 def fit_positions(table, grid, vit):
     """The position table of `grid`, (1, [1+]N, D), for the grid of `vit`: (1, [1+]N', D) float32."""
-    N = math.prod(grid)
+    N, D = math.prod(grid), table.shape[2]
     head, patches = table[:, :-N].float(), table[:, -N:].float()  # (1, [1], D), (1, N, D)
     if vit.cls_token is not None and not head.shape[1]:
         head = torch.zeros_like(patches[:, :1])  # a class token without a position
-    sinusoid = common.sinusoid_1d(patches.shape[2], N)[None]  # (1, N, D)
-    if grid != vit.grid and torch.allclose(patches, sinusoid, atol=1e-3):  # half precision: 5e-4
-        patches = common.sinusoid_1d(patches.shape[2], math.prod(vit.grid))[None]  # (1, N', D)
+    if grid != vit.grid and torch.allclose(patches, common.sinusoid_1d(D, N), atol=1e-3):  # half: 5e-4
+        patches = common.sinusoid_1d(D, math.prod(vit.grid))[None]  # (1, N', D)
     elif grid != vit.grid:
         patches = rearrange(patches, "one (h w) d -> one d h w", h=grid[0])  # (1, D, h, w)
         patches = F.interpolate(patches, vit.grid, mode="bicubic", align_corners=False)  # (1, D, h', w')
@@ -245,8 +233,7 @@ def report(path, form, vit, grid, ignored, assumed):
     print(f"ignored  {', '.join(f'{name} ({count})' for name, count in counts.items()) or 'nothing'}")
 
 
-# --------------------------------------------------------------------------------------------------
-# for other projects
+# ---- for other projects --------------------------------------------------------------------------
 
 
 def export(vit, path, form="timm", **info):
@@ -255,9 +242,7 @@ def export(vit, path, form="timm", **info):
     "timm": a safetensors file with the keys of timm's VisionTransformer (num_classes=0), like a run's
     encoder.safetensors; `info` is added to its metadata. "hf": a folder with model.safetensors and
     config.json for transformers.ViTModel.from_pretrained(path, add_pooling_layer=False), whose
-    last_hidden_state is what `vit` returns. ViTModel has no layer scale, so the gains are multiplied into
-    the linear layer before them: gamma * (W x + b) = (gamma W) x + gamma b.
-    Raises ValueError for another form, and for "hf" without a class token, which ViTModel always has.
+    last_hidden_state is what `vit` returns. Raises ValueError for another form, or without a class token.
     """
     if form == "timm":
         return common.save_encoder(vit, path, **info)
@@ -281,7 +266,8 @@ HF_NAMES = (
 
 
 def to_hf(vit):
-    """The weights of a ViT under ViTModel's names, without layer scale: {name: tensor}."""
+    """The weights of a ViT under ViTModel's names: {name: tensor}. It has no layer scale: the gains go into
+    the linear layers before them, gamma * (W x + b) = (gamma W) x + gamma b."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in vit.state_dict().items()}
     for name in [name for name in state if name.endswith(".gamma")]:
         layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
@@ -300,8 +286,7 @@ def hf_config(vit):
     return dict(model_type="vit", architectures=["ViTModel"], hidden_size=vit.config["embed_dim"],
                 num_hidden_layers=vit.config["depth"], num_attention_heads=vit.config["num_heads"],
                 intermediate_size=vit.blocks[0].mlp.fc1.out_features, num_channels=vit.config["in_chans"],
-                image_size=height if height == width else [height, width],
-                patch_size=P if P == Q else [P, Q],
+                image_size=height if height == width else [height, width], patch_size=P if P == Q else [P, Q],
                 hidden_act="gelu", layer_norm_eps=vit.norm.eps, qkv_bias=True)
 
 
