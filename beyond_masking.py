@@ -7,10 +7,10 @@ of the others, those that move things help more than those that change their loo
 practice joins masking with a zoom.
 
 Why (our reading): where every patch stays in its place and only its look is changed, each token
-can be restored from itself alone: to sharpen or to colour is the work of a filter. Once things
-move, the pixels asked for at a place are in other tokens: the encoder must know what is where and
-attend there. Hidden patches are asked for though no token has them; zoomed in, so is what lies
-around the view. The log shows these two as `centre` and `border`.
+can be restored from itself alone: a local filter can sharpen or colour. Once things move, the
+pixels asked for at a place are in other tokens: the encoder must know what is where and attend
+there. Hidden patches are asked for though no token has them; zoomed in, so is what lies around the
+view: `border` in the log, beside `centre`, the view itself.
 
   photo -- crop -- clean image -- degrade -- view (B, 3, S, S) -- visible patches -- ViT encoder
                        |                                                                 |
@@ -22,22 +22,23 @@ around the view. The log shows these two as `centre` and `border`.
   task      clean   the view is                       pred shows             loss over      top-1
   mask      S       the clean image, 75 % hidden      the same place         hidden         82.9
   zoom_in   S*9/7   its centre                        all of it, squeezed    centre, border 82.7
-  zoom_out  S*5/7   it amid its mirror images         it alone, enlarged     the view       82.5
-  distort   S       it through a fish-eye             it, straight           all            82.1
-  blur      S       it after a random convolution     it, sharp              all            81.8
-  decolor   S       one random mix of its colours     it, in colour          all            81.4
+  zoom_out  S*5/7   the image amid mirror images      the image, enlarged    the view       82.5
+  distort   S       the image through a fish-eye      the image, straight    all            82.1
+  blur      S       a random convolution of it        the image, sharp       all            81.8
+  decolor   S       one random mix of its colours     the image, in colour   all            81.4
   mask+zoom_in      zoom_in, 75 % of the view hidden                         hidden, border 83.2
 (ViT-B, 300 epochs, fine-tuned on ImageNet-1K [readme].) mask+zoom_out and mask+distort work too.
 
-  loss = mean over patches of |p - phi(O)|^2 / 3PP,  phi(x) = (x - mean x) / std x per patch, colour
-  zoom_in:  0.8 |c(p) - phi(c(O))|^2 over c, the centre, + 0.2 |p - phi(O)|^2 over the border
-In the code: p `pred`, O `clean`, phi `normalise_patches`, c `center_crop`.
+  loss = mean |p - phi(r O)|^2 over patches,  phi(x) = (x - mean x) / std x per patch and colour
+  zoom_in:  0.8 mean |c r'p - phi(c O)|^2 + 0.2 sum of four strips' mean |r'p - r' phi(r O)|^2
+In the code: p `pred`, O `clean`, phi `normalise_patches`, c `center_crop`, r and r' `area_resize`
+to the size S of pred, and back to R; the strips surround the centre.
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, E decoder
 width, C channels, P patch side, S side of the view, R side of the clean image.
 
-What differs from MAE (marked Δ): the degradations, and that view and prediction may lie in
-different frames, so that no token can copy its own patch; pixels are normalised per patch and per
+What differs from MAE (marked Δ): the degradations, and that view and prediction may show different
+parts of the photo, so that no token can copy its own patch; pixels are normalised per patch and
 colour; 1-D positions; a decoder of 4 narrow blocks; no class token.
 
 Recipe (bare command, ViT-B): epochs 300, batch_size 2048, lr 1.5e-4, min_lr 1e-5,
@@ -50,13 +51,13 @@ that all methods share: top of common.py):
        hides patches [issue]. Unmasked, their patch term runs over all patches; 0.8 and 0.2 stay.
   [D2] The released blur cannot run; its mean weight 1/49 and padding 3 fit a 7 x 7 convolution of
        3 to 3 channels. Its bias is drawn per image as well; the authors draw it once per process.
-  [D3] The released decolor cannot run: its loader asks for pale colours, its engine for one grey
+  [D3] The released decolor cannot run: its loader makes colours paler, its engine expects one grey
        channel. Ours is the engine's mix, as in the authors' figure, with that folder's crop: 8 to
        100 % of the area, bilinear, no flip [code].
   [D4] decolor's encoder has one input channel. The exported encoder takes RGB: each colour gets a
        third of the weights, the mean of the random mixes. On grey images nothing changes.
   [D5] mask+distort is not released: distort's loss over all patches, for a patch that the view
-       hides is no particular place of the prediction.
+       hides has no fixed place in the prediction.
   [D6] Decoders of ViT-Ti and S: half the encoder's width, 4 blocks, as for B. For L the released
        folders disagree: 24 blocks and a decoder of 512 x 8 x 8, as all but the zoom-in folder say.
   [D7] Batch 2048 and 20 epochs of warm-up, as the authors' two-node launcher has them.
@@ -181,9 +182,8 @@ def sample_params(task, batch, generator=None, img_size=224):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    task = degradation(task)
+    task, (rows, columns) = degradation(task), (2 * side // 7 for side in common.pair(img_size))
     if task == "zoom_out":
-        rows, columns = (2 * side // 7 for side in common.pair(img_size))
         return dict(left=torch.randint(columns, (batch,), generator=generator),  # [code] [D8]
                     top=torch.randint(rows, (batch,), generator=generator))
     if task == "distort":
@@ -270,8 +270,8 @@ class Augment:
 
 
 def inputs(batch, device):
-    """A batch of `Augment` to what the model takes: clean images (B, 3, R, R), normalised, and
-    params on the device, and the mask (B, N) or None, which stays on the CPU."""
+    """Turns a batch of `Augment` into what the model takes: clean images (B, 3, R, R), normalised,
+    and params on the device, and the mask (B, N) or None, on the CPU."""
     clean, params, *mask = batch
     params = {name: value.to(device, non_blocking=True) for name, value in params.items()}
     return common.normalise(clean.to(device, non_blocking=True)), params, mask[0] if mask else None
@@ -326,7 +326,7 @@ def pixel_target(task, clean, patch_size, img_size):
 # --------------------------------------------------------------------------------------------------
 # Model
 class Decoder(nn.Module):
-    """Blocks, LayerNorm, linear head, on all patches [code]."""
+    """Blocks, LayerNorm, linear head, on all patches: smaller than MAE's [code]. Δ"""
 
     def __init__(self, grid, dim, depth, num_heads, outputs):
         super().__init__()
@@ -398,10 +398,9 @@ class BeyondMasking(nn.Module):
         and for `mask...` tasks alone a mask (B, N) bool, True = hidden, to (loss, parts): parts of
         zoom_in are "centre" and "border", detached."""
         size, grid, patch = self.encoder.img_size, self.encoder.grid, self.encoder.patch_size
-        expected = (len(clean), 3, *clean_size(self.task, size))
-        if clean.shape != expected:
-            raise ValueError(f"clean images of shape {tuple(clean.shape)} were given, the task "
-                             f"{self.task} expects {expected}")
+        wanted = (len(clean), 3, *clean_size(self.task, size))
+        if clean.shape != wanted:
+            raise ValueError(f"{self.task} expects clean images {wanted}, not {tuple(clean.shape)}")
         if (mask is not None) != is_masked(self.task):
             raise ValueError(f"the task {self.task} needs {'a' if mask is None else 'no'} mask")
         ids_keep = ids_masked = None
@@ -494,7 +493,7 @@ def preview(path, config, model, batch, device):
     if mask is not None:
         hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=vit.grid[0])
         seen = seen.where(F.interpolate(hidden, size=seen.shape[-2:]) == 0, 0.5)
-    # pred is of patches whose mean and std are 0 and 1: it gets those of the true patch back.
+    # pred is of patches with mean 0 and std 1: it is given those of the true patch.
     pixels, mean, std = patch_statistics(area_resize(clean, vit.img_size), vit.patch_size)
     pred = rearrange(model.predict(view, *ids), "b n (pq c) -> b n pq c", c=3) * std + mean
     target, pred = (common.unpatchify(x.flatten(2), vit.patch_size, vit.grid)
@@ -518,6 +517,7 @@ def train(config, run, dist):
     common.compile_blocks(config, device, model)
     groups = common.parameter_groups(model, config.weight_decay, decays)
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
+    # Plans the batches, prints the recipe, restores the optimiser of a stopped run, starts loading.
     plan, parallel = run.prepare(dist, samples, model, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
@@ -529,7 +529,7 @@ def train(config, run, dist):
             group["lr"] = lr
 
         for micro, batch in enumerate(run.micro_batches()):
-            # Several processes add up their gradients once a step, in its last backward pass.
+            # Several processes average their gradients once a step, in its last backward pass.
             parallel.require_backward_grad_sync = micro == plan.accumulation - 1
             with common.autocast(device, config.precision):
                 loss, parts = parallel(*inputs(batch, device))  # target, pred, loss: see `forward`
@@ -542,7 +542,7 @@ def train(config, run, dist):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if run.log(step + 1, lr, grad_norm) and dist.is_main:  # time to save
+        if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save
             run.save(model, optimizer, step + 1, rgb_encoder(model.encoder))
             batch = common.preview_batch(samples)
             preview(run.folder / "preview.png", config, model, batch, device)

@@ -9,24 +9,25 @@ Why: were pixels the target, there would be nothing to learn at a patch that is 
 of a patch is not in its pixels: it says what the patch is in its image, a wing of this bird. To
 give it at a visible patch the encoder must understand the rest of the image from what is left, and
 the error reaches every visible token directly; that of a hidden one comes through another network,
-the regressor. So little needs to be hidden, least for small models, which guess badly. `visible`,
-`masked` and `cls` in the log are the parts of the error.
+the regressor. So little needs to be hidden, and the smaller the model the less, since it guesses
+worse. `visible`, `masked` and `cls` in the log are the parts of the error.
 
   image ---------------------------- CLIP tower (frozen) ---- targets (B, 1+N, C) -----+
     |                                                                                  |
-    +- visible patches -- ViT encoder -- z (B, 1+V, R) -------------+                  |
+    +- visible patches -- ViT encoder, adapter -- z (B, 1+V, R) ----+                  |
                               |                                     +- LN, linear -- cosine
-          mask token x M -- regressor: queries m look at [z, m] ----+  pred, 1+N tokens
+          mask token x M -- regressor: queries m look at the -------+  pred, 1+N tokens
+                            visible tokens of z and at m
 
   loss = 1/(1+N) sum over all tokens t, class token, visible and masked, of (1 - cos(y_t, c_t))
-In the code: y `pred`, c `targets`; --supervise visible or masked takes the sum over these alone.
+In the code: y `pred`, c `target`; --supervise visible or masked takes the mean over these alone.
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, R regressor
 width, C teacher width, P patch side, S image side, h heads, d width of a head, T tokens.
 
-What differs from MAE (marked Δ): the target is CLIP's features, not pixels; visible patches and
-the class token are supervised too; masked tokens come from a cross-attention regressor, not from a
-self-attention decoder; masks are blocks; small models hide little (ViT-Ti 15 %, S 25 %, B 50 %).
+What differs from MAE (marked Δ): target and loss, CLIP's features and a cosine, not pixels; visible
+patches and the class token are supervised too; masked tokens come from a cross-attention regressor,
+not from a self-attention decoder; masks are blocks; small models hide little (Ti 15 %, S 25, B 50).
 
 Recipe (bare command, ViT-B): epochs 300, batch_size 2048, lr 1.5e-3, min_lr 1e-5,
 warmup_epochs 10, weight_decay 0.05, clip_grad 3.0, drop_path 0.1, mask_ratio 0.5, img_size 224,
@@ -41,7 +42,7 @@ these are silent (those that all methods share: top of common.py):
   [D3] In bf16 runs the teacher's weights are cast to bf16 once (authors: fp16).
   [D4] The ablation of supervision positions is not released: `visible` is the mean over class token
        and visible patches, `masked` over masked patches.
-  [D5] A teacher that averages patches (the demo's) has no class token: its pooled vector stands in.
+  [D5] A teacher that averages patches (the demo's) has no class token: the pooled vector is taken.
   [D6] On a few small grids no block of the smallest area fits; after 1000 tries smaller ones may.
   [D7] For another grid open_clip resizes the teacher's position table, bicubic; authors: bilinear.
 
@@ -86,6 +87,7 @@ SIZES = {model: dict(zip(COLUMNS, row)) for model, row in {
     "vit_l": (1024, 24, 16, 1024, 4, 16, 1e-5),  # [D1] [readme]
     "vit_demo": (128, 4, 4, 128, 1, 4, 0.1),  # ours, for 32-pixel images with patches of 4
 }.items()}
+# Defaults that follow another flag: small models hide little. Δ
 DEPENDS = dict(mask_ratio=("model", {"vit_ti": 30 / 196, "vit_s": 49 / 196, "vit_b": 98 / 196,
                                      "vit_l": 98 / 196, "vit_demo": 0.5}))  # [code] [D1]
 
@@ -192,7 +194,7 @@ class Augment:
 
     def __call__(self, image, label):  # labels have no use here
         config = self.config
-        # A teacher that sees other colours than the student would ask for them.
+        # With other colours the teacher would ask for what the student cannot see.
         image = self.jitter(image)
         if torch.rand(()) < 0.5:
             image = TF.horizontal_flip(image)
@@ -205,7 +207,7 @@ class Augment:
 
 
 def inputs(batch, teacher, device):
-    """A batch of `Augment` to (student images, teacher images, mask): images (B, 3, S, S) float32
+    """Turns a batch of `Augment` into (student images, teacher images, mask): images (B, 3, S, S)
     on the device, each with its own mean and std, the mask (B, N) on the CPU."""
     *crops, mask = batch
     crops = [crop.to(device, non_blocking=True) for crop in crops]
@@ -523,6 +525,7 @@ def train(config, run, dist):
     common.compile_blocks(config, device, model, teacher)
     groups = common.parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, fused=True)
+    # Plans the batches, prints the recipe, restores the optimiser of a stopped run, starts loading.
     plan, parallel = run.prepare(dist, samples, model, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
@@ -539,7 +542,7 @@ def train(config, run, dist):
             # Drop path is the one draw made here; seeded so, it needs no saved generator.
             row = plan.first_row(micro, dist)
             torch.manual_seed(common.seed_for(config.seed, "step", step, row))
-            # Several processes add up their gradients once a step, in its last backward pass.
+            # Several processes average their gradients once a step, in its last backward pass.
             parallel.require_backward_grad_sync = micro == plan.accumulation - 1
             with common.autocast(device, config.precision):
                 loss, parts = parallel(student, mask, targets, config.supervise)
@@ -551,7 +554,7 @@ def train(config, run, dist):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if run.log(step + 1, lr, grad_norm) and dist.is_main:  # time to save
+        if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save
             run.save(model, optimizer, step + 1, model.encoder)
             batch = common.preview_batch(samples)
             preview(run.folder / "preview.png", config, model, teacher, batch, device)

@@ -1,9 +1,9 @@
 """What the method files share: a ViT, masks, data, and the plumbing of a training run.
 
-It calls nothing back and knows no paper: whatever differs between the methods (corruption, target,
-loss, initialisation, recipe, loop) stands in their files. Each piece can be lifted out alone.
-1 ViT, 2 patches and masks, 3 randomness, 4 data; from there on plumbing, which changes nothing of
-what is learnt: 5 processes, 6 optimisation, 7 files, 8 run, 9 pictures, 10 command line.
+It knows no paper: whatever differs between the methods (corruption, target, loss, initialisation,
+recipe, loop) stands in their files.
+1 ViT, 2 patches and masks, 3 randomness, 4 data, 5 optimisation; from there on plumbing, which is
+part of no method: 6 processes, 7 files, 8 run, 9 pictures, 10 command line.
 
 Decisions that all methods share:
   bf16 autocast without a loss scaler, where released code has fp16 with one: bf16 has fp32's range.
@@ -167,8 +167,8 @@ class ViT(nn.Module):
             self.pos_embed[0, -len(table):] = table.to(self.pos_embed)
 
     def embed(self, images, mask=None, ids_keep=None):
-        """(B, C, H, W) images to (B, 1+V, D) tokens before the first block. Visible are those
-        that `mask` (B, N) says, or their ids (B, V) if these are known already, or all."""
+        """(B, C, H, W) images to (B, 1+V, D) tokens before the first block. Hidden are the
+        patches where `mask` (B, N) is True, or those not in `ids_keep` (B, V), or none."""
         C, H, W = self.config["in_chans"], *self.img_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (C, H, W):
             raise ValueError(f"images of shape {tuple(images.shape)} were given, this ViT expects "
@@ -222,7 +222,7 @@ def xavier_init(module):
 
 
 def freeze_key_bias(vit):
-    """Keeps the key third of every qkv bias as it is (zero in a new ViT), for methods without one.
+    """Keeps the key third of every qkv bias as it is, zero in a new ViT, for methods without it.
 
     A key bias adds the same number to all logits of a query, so it changes no output; frozen, it
     also stays at exactly zero instead of collecting rounding noise from the optimiser.
@@ -251,8 +251,8 @@ def unpatchify(tokens, patch_size, grid):
 def sincos_2d(dim, grid, first="column"):
     """Fixed 2-D sin-cos position table, (N, dim) float32, rows in raster order. With frequencies
     w_k = 10000^(-k / (dim/4)), k = 0 .. dim/4-1, one half of the width is [sin(c w), cos(c w)] of
-    one integer coordinate, the other half that of the other one. Both orders exist in the wild,
-    `first="column"` and `first="row"`; an encoder needs its own one."""
+    one integer coordinate, the other half that of the other one. Both orders are in use, `first=
+    "column"` and `first="row"`; an encoder needs the one it was trained with."""
     if dim % 4:
         raise ValueError(f"a 2-D sin-cos table needs a width that is a multiple of 4, not {dim}")
     if first not in ("column", "row"):
@@ -350,8 +350,8 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
     SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
-    folder of images, flat or nested: of ImageNet's layout train/, and val/, validation/ or test/
-    (labels of folders are eval/data.py's business). Empty: $IMAGENET or data/imagenet.
+    folder of images, flat or nested; of ImageNet's layout train/ is taken, or for "val" val/,
+    validation/ or test/ (labels: eval/data.py). Empty: $IMAGENET or data/imagenet.
     Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
     """
     if spec in ("scenes", "cifar10"):
@@ -414,7 +414,7 @@ class Samples(torch.utils.data.Dataset):
     The transform draws from torch's default generator, seeded per (seed, epoch, index): a sample is
     the same in whatever worker, rank or order it is made. (With no workers that is the training
     process's own generator: what is drawn in a loop must be seeded there, too.) A file that cannot
-    be read must not end a run in the middle of the night: the next one stands in for it.
+    be read must not end a long run: the next one takes its place.
     """
 
     def __init__(self, images, transform, seed):
@@ -439,7 +439,8 @@ def micro_batch_keys(num_images, plan, dist, seed, start, stop):
 
     A step's global batch is a slice of the epoch's permutation; its rows are dealt out micro batch
     by micro batch, so 1 rank x 8 micro batches, 2 x 4 and 8 x 1 see the same images. The incomplete
-    last batch of an epoch is dropped. One iterator runs through all epochs: workers start once.
+    last batch of an epoch is dropped. One iterator runs through all epochs, so that workers need
+    not be started again.
     """
     permuted = None
     for step in range(start, stop):
@@ -472,10 +473,44 @@ def unnormalise(images):
     return images * std + mean
 
 
+# ---- 5  optimisation -----------------------------------------------------------------------------
+def learning_rate(step, peak, warmup_steps, total_steps, end=0.0, start=0.0):
+    """Linear from `start`, reaching `peak` in step warmup_steps - 1, then half a cosine down, which
+    would reach `end` in the step after the last."""
+    if step < warmup_steps:
+        return start + (peak - start) * step / max(warmup_steps - 1, 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decays(name, parameter):
+    """timm's rule, which most follow: no weight decay on vectors and on what is named `.bias`."""
+    return parameter.ndim >= 2 and not name.endswith(".bias")
+
+
+def parameter_groups(model, weight_decay, decays=decays):
+    """AdamW groups of the trainable parameters: those that decay, and the rest."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decay if decays(name, parameter) else rest).append(parameter)
+    return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+
+
+def uses_bf16(device, precision):
+    """`--precision auto` means bf16 on a GPU, fp32 elsewhere."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def autocast(device, precision):
+    """bf16 or not, for the forward pass alone."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
 # ==================================================================================================
-# From here on plumbing: nothing below changes what is learnt.
+# From here on plumbing, which is part of no method: how runs start, stop, save and are logged.
 # ==================================================================================================
-# ---- 5  processes --------------------------------------------------------------------------------
+# ---- 6  processes --------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Dist:
     """The three facts of distributed training. Only the process `is_main` prints, saves, draws."""
@@ -516,7 +551,6 @@ def distributed(device="auto"):
         torch.distributed.destroy_process_group()
 
 
-# ---- 6  optimisation -----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a global batch becomes micro batches, and epochs become steps."""
@@ -536,8 +570,8 @@ def make_plan(num_images, batch_size, micro_batch, epochs, world):
     """The `Plan` of a run. `micro_batch` 0: the largest divisor of a process's share up to 256.
     Raises ValueError for a batch that the processes cannot share or the data cannot fill."""
     if batch_size > num_images:
-        raise ValueError(f"the data hold {num_images} images, less than one batch of {batch_size}: "
-                         f"give --batch_size {num_images} or less")
+        raise ValueError(f"{num_images} images are less than one batch of {batch_size}: give "
+                         f"--batch_size {num_images} or less")
     share, rest = divmod(batch_size, world)
     if rest:
         raise ValueError(f"--batch_size {batch_size} is not a multiple of {world} processes")
@@ -549,38 +583,6 @@ def make_plan(num_images, batch_size, micro_batch, epochs, world):
                          f"process ({batch_size} / {world}): the nearest that does is {nearest}")
     steps = num_images // batch_size
     return Plan(batch_size, micro_batch, share // micro_batch, steps, epochs * steps)
-
-
-def learning_rate(step, peak, warmup_steps, total_steps, end=0.0, start=0.0):
-    """Linear from `start` to `peak` in step warmup_steps - 1, then half a cosine to `end`."""
-    if step < warmup_steps:
-        return start + (peak - start) * step / max(warmup_steps - 1, 1)
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def decays(name, parameter):
-    """timm's rule, which most follow: no weight decay on vectors and on what is named `.bias`."""
-    return parameter.ndim >= 2 and not name.endswith(".bias")
-
-
-def parameter_groups(model, weight_decay, decays=decays):
-    """AdamW groups of the trainable parameters: those that decay, and the rest."""
-    decay, rest = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decay if decays(name, parameter) else rest).append(parameter)
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-
-
-def uses_bf16(device, precision):
-    """`--precision auto` means bf16 on a GPU, fp32 elsewhere."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
-
-
-def autocast(device, precision):
-    """bf16 or not, for the forward pass alone."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 def compile_blocks(config, device, *models):
@@ -598,7 +600,7 @@ def compile_blocks(config, device, *models):
 
 # ---- 7  files ------------------------------------------------------------------------------------
 def write_atomically(path, write):
-    """`write(temporary path)`, then rename: who is killed in between leaves the old file whole."""
+    """`write(temporary path)`, then rename: a kill in between leaves the old file whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -697,7 +699,7 @@ class Run:
         if self.state and self.state.get("method") != method:
             raise ValueError(f"{self.checkpoint} is not from {method}: give another --out")
         before = self.state.get("config", {})
-        for name, now in dataclasses.asdict(config).items():
+        for name, now in vars(config).items():
             if name not in MAY_CHANGE and before.get(name, now) != now:
                 raise ValueError(f"--{name} was {before[name]!r} when the run in {self.folder} "
                                  f"started and is {now!r} now: give the old value to go on, or "
@@ -742,9 +744,9 @@ class Run:
         self.skipped, self.failures = state.get("skipped", 0), 0
         if dist.is_main:
             log = self.folder / "log.jsonl"
-            facts = dict(dataclasses.asdict(config), **dataclasses.asdict(plan), method=self.method,
-                         world=dist.world, num_images=len(images), torch=torch.__version__,
-                         commit=commit(), command=" ".join(sys.argv))
+            facts = dict(vars(config), **vars(plan), method=self.method, world=dist.world,
+                         num_images=len(images), torch=torch.__version__, commit=commit(),
+                         command=" ".join(sys.argv))
             write_atomically(self.folder / "config.json",
                              lambda path: path.write_text(json.dumps(facts, indent=1)))
             lines = log.read_text().splitlines(True) if log.exists() else []
@@ -794,8 +796,8 @@ class Run:
 
     def is_finite(self, grad_norm):
         """Whether the optimiser may step; a gradient that is not finite is counted instead, ten in
-        a row end the run. Waiting for the device here, once a step, buys that no bad gradient ever
-        reaches the weights. The norm is that of the summed gradient: all processes decide alike."""
+        a row end the run. Waiting for the device here, once a step, guarantees that no bad gradient
+        reaches the weights. All processes have the same averaged gradient and decide alike."""
         bad = not grad_norm.isfinite()
         self.skipped, self.failures = self.skipped + bad, bad * (self.failures + 1)
         if self.failures == 10:
@@ -836,26 +838,26 @@ class Run:
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all that others need:
         `export`, a ViT, None where it is frozen and has a file of its own. `more` is plain data or
         tensors, found in `state` on resuming. Call it in the main process only."""
-        # The encoder first: whoever is killed in between finds both made again on resuming.
+        # The encoder first: after a kill in between a resumed run makes both again.
         if export is not None:
             more["encoder"] = export.config  # the number of heads is in no weight
             save_encoder(export, self.folder / "encoder.safetensors", method=self.method, step=step)
-        state = dict(kind=self.kind, method=self.method, version=VERSION, step=step,
-                     config=dataclasses.asdict(self.config), total_steps=self.plan.total_steps,
-                     num_images=self.num_images, skipped=self.skipped, model=model.state_dict(),
+        state = dict(kind=self.kind, method=self.method, version=VERSION, config=vars(self.config),
+                     step=step, total_steps=self.plan.total_steps, num_images=self.num_images,
+                     skipped=self.skipped, model=model.state_dict(),
                      optimizer=optimizer.state_dict(), **more)
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
 
 
 def leave_group(worker_id):
-    """For a loader's worker: torchrun and a terminal signal the whole process group, but how a run
-    stops is the main process's business, which would only see its workers die."""
+    """For a loader's worker: torchrun and a terminal send signals to the whole process group. The
+    training process is to stop in order, and would find its workers dead."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
 def num_workers(config):
-    """--workers, or this process's share of the cores, at most 16; built-in images need none."""
+    """--workers, or this process's share of the cores, at most 16; the scenes need none."""
     if config.workers >= 0:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -927,7 +929,8 @@ class TrainConfig(MachineConfig):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """The flags of every pre-training script that are no part of a recipe."""
+    """The flags of every pre-training script that are no part of a recipe. A method's Config adds
+    epochs, warmup_epochs, batch_size, lr, img_size, patch_size and `num_masked`."""
 
     model: str = flag("vit_b", "size of the encoder")
     data: str = flag("", "a folder, `cifar10` or `scenes` (default: $IMAGENET or data/imagenet)")
@@ -1068,14 +1071,14 @@ def main(method, config, example, train):
 
 def run_main(main):
     """Runs a script's `main`; what the user can mend becomes one sentence and exit code 1.
-    The main process says it; the others wait a little and speak only if that one lives on."""
+    The main process says it; the others wait a little and print only if it is still alive."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         return main()
-    except (ValueError, FileNotFoundError) as error:  # a worker's sentence stands below a traceback
+    except (ValueError, OSError) as error:  # a loader's worker puts a traceback above its sentence
         message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
-    except OSError as error:
-        message = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
+        if getattr(error, "strerror", None):
+            message = f"{error.strerror}: {error.filename or 'a file of this run'}"
     except (RuntimeError, MemoryError) as error:
         if not re.search("MemoryError|out of memory|allocate memory|enough memory", repr(error)):
             raise

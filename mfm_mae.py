@@ -9,9 +9,9 @@ that the deep blocks need not carry the detail of pixels up to the last layer (o
 Why: MAE's decoder sees the last block alone and is asked for pixels. Edges, textures, colours are
 known after the first blocks, but must survive all others to be of use: width and attention spent on
 carrying them are what the paper calls wasted capability. Given the shallow features directly, the
-deep blocks are free for what takes depth. The log shows it: `weight_0` ... are the shares of the
-fused blocks, equal at the start; a block above 1/L is read more than the average. eval/frequency
-shows how much high frequency the last block still carries.
+deep blocks are free for what takes depth. Where to look: `weight_0`, `weight_1` ... in the log are
+the shares of the fused blocks in their order, equal at the start (a hint only, since the maps can
+rescale); eval/frequency shows how much high frequency the last block still carries.
 
   image -- visible patches -- ViT encoder: blocks 0 .. 11, each (B, 1+V, D)
                                   |   |   |      |
@@ -23,9 +23,11 @@ shows how much high frequency the last block still carries.
                                            |
               pixels of the M hidden patches: pred (B, M, P*P*C), target the same: squared error
 
-  z    = LN( sum_k w_k (A_k h_k + b_k) ),  w = softmax(s),  A_n = 1, b_n = 0
+  z    = LN( sum_k w_k (A_k o_k + b_k) ),  w = softmax(s),  for the last block A = 1, b = 0
+  pred = decoder of z, with mask tokens in the hidden places
   loss = mean over hidden patches of |pred - t|^2 / PPC,  t = (x - mean x) / sqrt(var x + 1e-6)
-In the code: h `outputs`, A, b `projections`, s `logits`, w `weights`, t `target`, x a true patch.
+In the code: o `outputs`, A, b `projections`, s `logits`, w `weights`, z what `encode` gives,
+t `target`, x a true patch.
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, E decoder
 width, P patch side, C channels, S crop side, H W image height and width, K gathered patches,
@@ -34,8 +36,8 @@ L fused blocks, h heads, d width of a head.
 What differs from MAE (marked Δ): the decoder reads several blocks, each but the last through its
 own linear map, averaged with learnable weights before the final norm; the logits of the weights
 decay; the image is resized and cropped with a margin, not a random resized crop; optionally the
-target is a low-pass image (PixMIM). `--fuse none --augment rrc` is MAE, up to D4 and D5. Nothing of
-the fusion is kept: encoder.safetensors is a plain ViT, whose last block alone is used downstream.
+target is a low-pass image (PixMIM). `--fuse none --augment rrc` is MAE, except for D4 and D5. The
+fusion is thrown away at the end: encoder.safetensors is a plain ViT, used by its last block alone.
 
 Recipe (bare command, ViT-B): epochs 300, batch_size 4096, lr 1.5e-4, warmup_epochs 40,
 weight_decay 0.05, mask_ratio 0.75, img_size 224, patch_size 16
@@ -44,18 +46,18 @@ Sources: [code] mmpretrain's release, [mae] facebookresearch/mae, [fork] the fir
 [abs] the abstract. The body of the paper was not at hand. Our decisions, where these are silent or
 differ (those that all methods share: top of common.py):
   [D1] Only depth 12 has a released set, 0,2,4,6,8,11. Other depths keep its spacing: five blocks a
-       sixth of the depth apart, then the last. 24: 0,4,8,12,16,23.
+       sixth of the depth apart, rounded down, and the last. 24: 0,4,8,12,16,23; 4: 0,1,2,3.
   [D2] Resizing is bilinear, as released; the author's fork has bicubic there.
   [D3] New models have MAE's position tables, column first; mmpretrain's are row first.
   [D4] Weight decay by the released rule, with or without fusion: the fusion's logits decay, the
        class and mask tokens do not (in facebookresearch/mae they do).
   [D5] Warm-up starts at 1e-4 of the peak, as in the released 300 epochs (800 epochs: 1e-9, MAE: 0).
   [D6] Biases of the encoder's MLPs start at 0, as in MAE; in mmpretrain from N(0, 1e-6). The maps
-       of the attention fusion, whose start is not known, start as all others.
+       of the attention fusion, whose start is not known, start as the other linear layers.
   [D7] The radius of the low-pass filter, 40 at 224 pixels [fork], grows with the image.
 
 Commands (the same command again resumes; --out is runs/mfm_mae_MODEL):
-  python mfm_mae.py --demo [--fuse none]                   built-in images, on a laptop [MAE]
+  python mfm_mae.py --demo [--fuse none]                   built-in images, on a laptop [or MAE]
   python mfm_mae.py --model vit_s --data ~/photos          one GPU, any folder of images
   torchrun --nproc_per_node=8 mfm_mae.py --model vit_b     the released run: ImageNet, 300 epochs
 To use the method elsewhere copy this file and common.py (and demo/ for `scenes`).
@@ -89,7 +91,7 @@ SIZES = {model: dict(zip(COLUMNS, row)) for model, row in {
     "vit_h": (1280, 32, 16, 512, 8, 16),  # [mae]
     "vit_demo": (128, 4, 4, 64, 1, 4),  # ours, for 32-pixel images with patches of 4
 }.items()}
-DEPENDS = dict(patch_size=("model", {"vit_h": 14}))  # [mae]
+DEPENDS = dict(patch_size=("model", {"vit_h": 14}))  # defaults that follow another flag [mae]
 
 DEMO = dict(model="vit_demo", data="scenes", img_size=32, patch_size=4, epochs=2, batch_size=32,
             lr=1.6e-2, warmup_epochs=0.2, norm_pix="off", workers=0, log_every=50)
@@ -104,13 +106,13 @@ class Config(common.RunConfig):
     lr: float = flag(1.5e-4, "base rate, per 256 images of the batch [code]", positive=True)
     warmup_epochs: float = flag(40, "epochs of linear warm-up [code] [D5]")
     weight_decay: float = flag(0.05, "AdamW, constant; betas are 0.9, 0.95 [code] [D4]")
-    mask_ratio: float = flag(0.75, "share of hidden patches; the visible count is cut off [code]")
+    mask_ratio: float = flag(0.75, "share of hidden patches; visible ones are rounded down [code]")
     augment: typing.Literal["resize_crop", "rrc"] = flag("resize_crop", "crop [code], or MAE's")
     fuse: str = flag("", "blocks to fuse, from 0, such as 0,2,4,6,8,11 [code], or `none`: plain MAE"
                          " (default: by depth [D1])")
     fusion: typing.Literal["average", "uniform", "attention"] = flag("average", "how [code] [fork]")
     projection: typing.Literal["linear", "none"] = flag("linear", "of shallow blocks [code] [fork]")
-    target: typing.Literal["pixels", "lowpass"] = flag("pixels", "image, or PixMIM's [code] [fork]")
+    target: typing.Literal["pixels", "lowpass"] = flag("pixels", "PixMIM: lowpass [code] [fork]")
     norm_pix: typing.Literal["on", "off"] = flag("on", "normalise the target per patch [code]")
     img_size: int = flag(224, "pixels of the crop's side [code]", positive=True)
     patch_size: int = flag(16, "pixels of a patch's side; vit_h: 14 [code] [mae]", positive=True)
@@ -144,7 +146,7 @@ class Config(common.RunConfig):
 class Augment:
     """Makes a training sample in a worker: image uint8 (3, S, S), mask (N,) bool.
     `resize_crop`: short side to S, 4 pixels of reflection around, a crop of S anywhere [code]. Δ
-    `rrc`: a random part, 20 to 100 % of the area, resized to S [mae]. Both flip every other one."""
+    `rrc`: a random part, 20 to 100 % of the area, resized to S [mae]. Both flip half of them."""
 
     def __init__(self, config):
         self.config = config
@@ -164,8 +166,8 @@ class Augment:
 
 
 def inputs(batch, device):
-    """A batch of `Augment` to what the model takes: images (B, C, H, W) normalised on the device,
-    and the mask (B, N), which stays on the CPU."""
+    """Turns a batch of `Augment` into what the model takes: images (B, C, H, W), normalised, on the
+    device; and the mask (B, N), which stays on the CPU, where counting it costs no waiting."""
     crop, mask = batch
     return common.normalise(crop.to(device, non_blocking=True)), mask
 
@@ -187,8 +189,8 @@ def pixel_target(images, ids, patch_size, norm_pix=True, kind="pixels"):
 
 def low_pass(images):
     """The low frequencies of normalised images (B, 3, H, W), PixMIM's target [fork]: a disc of the
-    shifted spectrum, centred half a pixel beside the zero frequency. The spectrum is not shifted
-    back, so that the result is complex; its modulus is the image [fork]. Δ"""
+    shifted spectrum, centred half a pixel beside the zero frequency, so that the result is complex;
+    its modulus is the image (which shifting the spectrum back would not change) [fork]. Δ"""
     H, W = images.shape[-2:]
     pixels = common.unnormalise(images)
     spectrum = torch.fft.fftshift(torch.fft.fft2(pixels), dim=(-2, -1))
@@ -210,7 +212,7 @@ def projections(dim, num_blocks, kind):
 class Fusion(nn.Module):
     """A weighted average of block outputs, class token included, for the decoder to read. Δ
     The weights, one number for a whole block, are the softmax of learnable logits that start equal
-    [code], so their sum is 1. Not learnable, they give the plain mean (`uniform` [fork])."""
+    [code], so their sum is 1. With frozen logits this is the plain mean (`uniform` [fork])."""
 
     def __init__(self, dim, num_blocks, projection, learnable):
         super().__init__()
@@ -256,14 +258,14 @@ class AttentionFusion(nn.Module):
 class MFMMAE(nn.Module):
     """Encoder, fusion, decoder. `fuse`: blocks counted from 0, ending with the last; () is MAE.
     `.encoder` is a plain ViT: the fusion lies outside and never feeds back into its blocks.
-    Raises ValueError for blocks that are not there and for options of another name."""
+    Raises ValueError for a missing block and for an unknown option."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_dim=512, decoder_depth=8, decoder_heads=16, fuse=(0, 2, 4, 6, 8, 11),
                  fusion="average", projection="linear", target="pixels", norm_pix=True,
                  mlp_ratio=4.0, decoder_mlp_ratio=4.0):
         super().__init__()
-        last = depth - 1  # must be there: no loss would reach the blocks behind the last fused one
+        last = depth - 1  # must be fused: no loss would reach blocks deeper than the deepest one
         if fuse and not (sorted({*fuse}) == list(fuse) and fuse[0] >= 0 and fuse[-1] == last):
             raise ValueError(f"fused blocks {fuse} must rise from at least 0 to {last}, the last")
         for value, allowed in ((fusion, ("average", "uniform", "attention")),
@@ -283,6 +285,7 @@ class MFMMAE(nn.Module):
         P, Q = self.encoder.patch_size
         self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        # A row of zeros for the class token; `to` leads to the meta device of --dry_run, too.
         table = F.pad(common.sincos_2d(decoder_dim, self.encoder.grid), (0, 0, 1, 0))  # (1+N, E)
         self.decoder_pos_embed = nn.Parameter(table[None].to(self.mask_token), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
@@ -316,8 +319,8 @@ class MFMMAE(nn.Module):
         return x[:, 1:]  # (B, N, E)
 
     def predict(self, images, ids_keep, ids_masked, ids):
-        """The pred of the patches `ids` (B, K): (B, K, P*P*C). The last norm and layer run on these
-        alone, in training the hidden ones; MAE computes all."""
+        """The pred of the patches `ids` (B, K), in training the hidden ones: (B, K, P*P*C). Only
+        these pass the last norm and layer; MAE computes all, and takes the loss of the hidden."""
         tokens = self.decode(self.encode(images, ids_keep), ids_keep, ids_masked)  # (B, N, E)
         return self.decoder_pred(self.decoder_norm(common.gather(tokens, ids)))
 
@@ -401,6 +404,7 @@ def train(config, run, dist):
     common.compile_blocks(config, device, model)
     groups = common.parameter_groups(model, config.weight_decay, decays)
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
+    # Plans the batches, prints the recipe, restores the optimiser of a stopped run, starts loading.
     plan, parallel = run.prepare(dist, samples, model, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
@@ -412,7 +416,7 @@ def train(config, run, dist):
             group["lr"] = lr
 
         for micro, batch in enumerate(run.micro_batches()):
-            # Several processes add up their gradients once a step, in its last backward pass.
+            # Several processes average their gradients once a step, in its last backward pass.
             parallel.require_backward_grad_sync = micro == plan.accumulation - 1
             with common.autocast(device, config.precision):
                 loss, parts = parallel(*inputs(batch, device))  # target, pred, loss: see `forward`
@@ -425,7 +429,7 @@ def train(config, run, dist):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if run.log(step + 1, lr, grad_norm) and dist.is_main:  # time to save
+        if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save
             run.save(model, optimizer, step + 1, model.encoder)
             batch = common.preview_batch(samples)
             preview(run.folder / "preview.png", config, model, batch, device)

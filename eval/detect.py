@@ -11,9 +11,8 @@ folder with annotations/instances_{train,val}*.json and the images in train*/ an
       -- simple feature pyramid: strides P/4, P/2, P, 2P, 4P, each of C channels
       -- RPN: proposals -- box head: class and box -- mask head: 28 x 28 pixels -- five losses, summed
 
-Sources: [F] ViTDet-B as an author of the MFM line of papers ran it; [code] the heads of CAE's detector. Its
-numbers are those of another framework (FPN on four blocks, 12 epochs): do not compare across the two. [F]
-does not say what is inside a ViTDet; where it is silent, we decided:
+Sources: [F] ViTDet-B as an author of the MFM line of papers ran it; [code] heads of CAE's detector (with
+FPN and 12 epochs: do not compare the numbers). Where [F] is silent, we decided:
   [D1] Pyramid: the last map alone, made finer by transposed convolutions and coarser by pooling, then a
        1 x 1 and a 3 x 3 convolution with LayerNorm over channels. Heads are torchvision's, with the sizes
        of [code] and LayerNorm, and an RPN of 2 convolutions. Anchors are 8 strides wide.
@@ -23,14 +22,10 @@ does not say what is inside a ViTDet; where it is silent, we decided:
   [D5] Jitter: 0.1 to 2 times the size that fits, then a random square of it, padded in the mean colour, and
        flip. An object that is cut gets the box of the mask that is left. A test pads below and to the right
        to a square whose side is the long one's. Crowds are no targets; training needs images with objects.
-  [D6] bf16 in encoder and pyramid alone: torchvision codes boxes in the type of the features, and bf16
-       cannot tell pixel 1001 from pixel 1003.
-  [D7] Which anchors and proposals count is drawn by the seed of the micro batch, so a stop changes nothing.
-       (A GPU adds up RoIAlign's gradient in no fixed order.) torchvision's mask loss is a mean over the
-       objects of a micro batch: another --micro_batch is another, equally good, run.
-
-Dimension key: B batch, S side of the input, P patch side, N patches, D width, C pyramid channels,
-n objects, h x w an image as it is (in the model: a map).
+  [D6] bf16 in encoder and pyramid alone: boxes coded in it could not tell pixel 1001 from pixel 1003.
+  [D7] Anchors and proposals are drawn by the seed of the micro batch, so a stop changes nothing (but a GPU
+       adds up RoIAlign's gradient in no fixed order). The mask loss is a mean over a micro batch's objects.
+Dimension key: B batch, S input side, P patch side, N patches, D width, C channels, n objects, h x w map.
 """
 
 import contextlib
@@ -70,7 +65,6 @@ from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, check_classes
                            open_checkpoint, open_run, random_encoder, set_drop_path, share_loader)
 
 BICUBIC, NEAREST = TF.InterpolationMode.BICUBIC, TF.InterpolationMode.NEAREST
-# For the small images that demo/scenes.py writes.
 DEMO = dict(data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32,
             batch_size=8, epochs=5, lr=1e-3, warmup_epochs=0.5, drop_path=0.0, scale_min=0.8,
             scale_max=1.25, workers=0)
@@ -118,7 +112,6 @@ def coco_tools():
 
 # ---- data ------------------------------------------------------------------------------------------------
 
-
 def decode_mask(code, height, width):
     """COCO's polygons, or run lengths plain or compressed, as (h, w) uint8 of 0 and 1."""
     mask = coco_tools()[2]
@@ -129,10 +122,8 @@ def decode_mask(code, height, width):
 
 class CocoImages(torch.utils.data.Dataset):
     """The split "train" or "val" of a COCO set: `[index]` is (image (3, h, w) uint8, target).
-
     target: image_id, boxes (n, 4) float32 as x0 y0 x1 y1 in pixels, labels (n,) int64 from 1 (0 is the
-    background) in the order of the category ids, masks (n, h, w) uint8. Raises ValueError or
-    FileNotFoundError that names the file and the entry, also for the first image."""
+    background) in the order of the category ids, masks (n, h, w) uint8. Errors name file and entry."""
 
     def __init__(self, root, split):
         found = sorted(Path(root).expanduser().glob(f"annotations/instances_{split}*.json"))
@@ -230,7 +221,6 @@ def collate(samples):
 
 # ---- model -----------------------------------------------------------------------------------------------
 
-
 def windowed(block, x, grid, window):
     """A ViT block on the tokens x (B, N, D) of a `grid` with attention inside windows of window^2 patches.
     Drop path, applied outside the windows, still drops whole samples. One window is the block itself."""
@@ -242,8 +232,7 @@ def windowed(block, x, grid, window):
 
 
 class Pyramid(nn.Module):
-    """Simple feature pyramid [D1]: a map (B, D, h, w) to five of C channels, from (B, C, 4h, 4w) by halves
-    to (B, C, h/4, w/4), under torchvision's names 0, 1, 2, 3, pool."""
+    """Simple feature pyramid [D1]: a map (B, D, h, w) to five, (B, C, 4h, 4w) and, by halves, smaller."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -335,7 +324,6 @@ class Detector(MaskRCNN):
 
 # ---- test ------------------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def detect(model, images, indices, config, dist):
     """Yields (target, what was detected, on the CPU) for this process's share of the images `indices`."""
@@ -421,14 +409,13 @@ def report(config, model, val, dist, path, started, step, **facts):
     if dist.is_main:
         append_result("detect", path, model.encoder, config, started, protocol="Mask R-CNN, ViTDet",
                       data=config.data, val=val.name, val_images=len(val), classes=len(val.classes),
-                      step=step, random_init=config.random_init, **ap, **facts, seed=config.seed,
+                      step=step, random_init=config.random_init, **ap, **facts,
                       device=str(dist.device), pycocotools=version("pycocotools"))
         print(f"detection: box AP {ap['box_ap']:.1f}, AP50 {ap['box_ap50']:.1f}, AP75 {ap['box_ap75']:.1f}"
               f"; mask AP {ap['mask_ap']:.1f}, AP50 {ap['mask_ap50']:.1f}, AP75 {ap['mask_ap75']:.1f}")
 
 
 # ---- train -----------------------------------------------------------------------------------------------
-
 
 def learning_rate(step, peak, warmup_steps, total_steps):
     """Linear from 0 to `peak`, a tenth of it after 8/9 and a hundredth after 26/27 of the run [F]."""
@@ -439,7 +426,7 @@ def learning_rate(step, peak, warmup_steps, total_steps):
 
 def train(config, run, dist, started):
     """Fine-tuning from start to end, then the evaluation."""
-    checkpoint, vit = open_checkpoint(config)
+    path, vit = open_checkpoint(config)
     images, val = CocoImages(config.data, "train"), CocoImages(config.data, "val")
     check_classes(images, val)
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, dist.world)
@@ -450,7 +437,7 @@ def train(config, run, dist, started):
     meta, shape = copy.deepcopy(model.backbone).to("meta"), (1, 3, config.img_size, config.img_size)
     flops = common.count_flops(lambda: meta(torch.empty(shape, device="meta")))
     facts = dict(
-        model=f"Mask R-CNN on {'random weights' if config.random_init else checkpoint}",
+        model=f"Mask R-CNN on {'random weights' if config.random_init else path}",
         lr=f"{config.lr:g} after {config.warmup_epochs:g} epochs, x {config.layer_decay:g} per block down",
         cost=f"{flops / 1e9:,.1f} GFLOP per image, forward, in encoder and pyramid")
     sets = f"{len(images):,} images with objects of {len(images.classes)} classes, {len(val):,} to test"
@@ -480,8 +467,7 @@ def train(config, run, dist, started):
             # The last two are what --eval_only needs to build the detector again.
             run.save(model, optimizer, step, vit, encoder=vit.config, classes=list(images.classes))
             draw(run.folder / "preview.png", model, val, config, dist.device)
-    report(config, model, val, dist, checkpoint, started, run.stop, train=images.name,
-           train_images=len(images))
+    report(config, model, val, dist, path, started, run.stop, train=images.name, train_images=len(images))
 
 
 def evaluate_only(config, dist, started):

@@ -15,7 +15,6 @@ inferred from shapes. The position table is that of the file, as two orders of t
 for another image size it is resized, but the 1-D sinusoid of Beyond Masking is computed again: its fast
 channels pass through more than a full period per row of patches, so interpolation makes no sense there.
 A missing part is an error, and so is one that ViT does not have: the features would be plausible and wrong.
-
 Dimension key: D width, P x Q size of a patch, N patches, h x w grid of patches; N', h', w' after a resize.
 """
 
@@ -43,13 +42,10 @@ BACKBONE = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre
 
 def load_encoder(path, **override):
     """The encoder of a checkpoint as a `common.ViT`: float32, on the CPU, in training mode.
-
     `path` is a file, or the folder of a run. `override` replaces arguments of ViT: with another `img_size`
     the position table is resized (bicubic, without the class token's row); `in_chans=3` makes an encoder of
     grey images accept RGB; `num_heads`, which no weight shows, and `drop_path_rate` are free; all others
-    must agree with the file. Prints three lines: loaded, new, ignored. Raises FileNotFoundError, or
-    ValueError for a file that cannot be read safely or holds no complete encoder of a known format.
-    """
+    must agree with the file. Prints what was loaded and ignored. Raises FileNotFoundError or ValueError."""
     path = find_file(path)
     state, known, _ = read_state(path)
     try:
@@ -82,8 +78,8 @@ def find_file(path):
 
 
 def read_state(path):
-    """A file as ({key: tensor} without the prefixes of DDP and torch.compile, what it says about its
-    encoder, the method that trained it or None)."""
+    """A file as ({key: tensor} without the prefixes of DDP and torch.compile, what only it can say of its
+    encoder, as the shapes do not show it, the method that trained it or None)."""
     content = about = common.read_checkpoint(path)
     for key in ("state_dict", "model"):
         content = about[key] if isinstance(about.get(key), dict) else content
@@ -93,7 +89,6 @@ def read_state(path):
     state = {re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", key): value for key, value in content.items()
              if isinstance(key, str) and isinstance(value, torch.Tensor)}
     known = next((about[key] for key in ("encoder", "config") if isinstance(about.get(key), dict)), {})
-    # Only what the shapes do not show: the shapes are always right.
     known = {key: known[key] for key in ("num_heads", "img_size", "init_values") if known.get(key)}
     return state, known, about.get("method")
 
@@ -116,8 +111,7 @@ def renamed(state, names):
 
 
 def fused_biases(state):
-    """A state dict in which biases q and v, (D,) each, are one bias (3*D,) of q, k and v. Attention without
-    a bias for k is the same as with zeros."""
+    """A state dict in which biases q and v, (D,) each, are one bias (3*D,) of q, k and v, with k's zero."""
     fused = dict(state)
     for name in state:
         v_name = name.replace("q_bias", "v_bias")
@@ -190,8 +184,8 @@ def table_grid(rows, class_token, patch, known, override):
         for grid in (stated, (math.isqrt(N), math.isqrt(N)), asked):
             if 0 < N == math.prod(grid):
                 return grid
-    raise ValueError(f"its position table of {rows} rows is of no square grid: give the image size that "
-                     "the encoder was trained with, img_size=(height, width)")
+    raise ValueError(f"its position table of {rows} rows is of no square grid: give the image size of its "
+                     "training, img_size=(height, width)")
 
 
 def fit_positions(table, grid, vit):
@@ -235,34 +229,34 @@ def report(path, form, vit, grid, ignored, assumed):
 
 # ---- for other projects --------------------------------------------------------------------------
 
-
 def export(vit, path, form="timm", **info):
-    """Writes a `common.ViT` for other projects.
-
-    "timm": a safetensors file with the keys of timm's VisionTransformer (num_classes=0), like a run's
-    encoder.safetensors; `info` is added to its metadata. "hf": a folder with model.safetensors and
-    config.json for transformers.ViTModel.from_pretrained(path, add_pooling_layer=False), whose
-    last_hidden_state is what `vit` returns. Raises ValueError for another form, or without a class token.
-    """
+    """Writes a `common.ViT` for other projects. "timm": a safetensors file with the keys of timm's
+    VisionTransformer (num_classes=0), like a run's encoder.safetensors; `info` is added to its metadata.
+    "hf": a folder with model.safetensors and config.json, for which the last_hidden_state of
+    transformers.ViTModel.from_pretrained(path, add_pooling_layer=False) is what `vit` returns."""
     if form == "timm":
         return common.save_encoder(vit, path, **info)
     if form != "hf":
         raise ValueError(f"form is 'timm' or 'hf', not {form!r}")
     if vit.cls_token is None:
         raise ValueError("ViTModel always has a class token and this encoder has none: use form='timm'")
-    tensors, config = to_hf(vit), json.dumps(hf_config(vit), indent=2)
+    (height, width), (P, Q), tensors = vit.img_size, vit.patch_size, to_hf(vit)
+    config = json.dumps(dict(
+        model_type="vit", architectures=["ViTModel"], num_channels=vit.config["in_chans"],
+        image_size=height if height == width else [height, width], patch_size=P if P == Q else [P, Q],
+        hidden_size=vit.config["embed_dim"], intermediate_size=vit.blocks[0].mlp.fc1.out_features,
+        num_hidden_layers=vit.config["depth"], num_attention_heads=vit.config["num_heads"],
+        hidden_act="gelu", layer_norm_eps=vit.norm.eps, qkv_bias=True), indent=2)
     common.write_atomically(Path(path, "model.safetensors"),
                             lambda file: file.write_bytes(save(tensors, {"format": "pt"})))
     common.write_atomically(Path(path, "config.json"), lambda file: file.write_text(config))
 
 
-HF_NAMES = (
-    ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
-    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
-    ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("norm.", "layernorm."),
-    ("attn.proj.", "attention.output.dense."), ("attn.", "attention.attention."),
-    ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."),
-)
+HF_NAMES = (("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
+            ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
+            ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("norm.", "layernorm."),
+            ("attn.proj.", "attention.output.dense."), ("attn.", "attention.attention."),
+            ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."))
 
 
 def to_hf(vit):
@@ -280,16 +274,6 @@ def to_hf(vit):
     return renamed(state, HF_NAMES)
 
 
-def hf_config(vit):
-    """What ViTModel must know beside the weights."""
-    (height, width), (P, Q) = vit.img_size, vit.patch_size
-    return dict(model_type="vit", architectures=["ViTModel"], hidden_size=vit.config["embed_dim"],
-                num_hidden_layers=vit.config["depth"], num_attention_heads=vit.config["num_heads"],
-                intermediate_size=vit.blocks[0].mlp.fc1.out_features, num_channels=vit.config["in_chans"],
-                image_size=height if height == width else [height, width], patch_size=P if P == Q else [P, Q],
-                hidden_act="gelu", layer_norm_eps=vit.norm.eps, qkv_bias=True)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m eval.encoders", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -304,9 +288,9 @@ def main(argv=None):
     if given.form == "timm" and not given.out.endswith(".safetensors"):
         raise ValueError(f"{given.out} should end in .safetensors")
     path = find_file(given.file)
-    sizes = {name: getattr(given, name) for name in ("num_heads", "img_size") if getattr(given, name)}
-    method = read_state(path)[2]
-    export(load_encoder(path, **sizes), given.out, given.form, **({"method": method} if method else {}))
+    sizes, method = dict(num_heads=given.num_heads, img_size=given.img_size), read_state(path)[2]
+    vit = load_encoder(path, **{name: size for name, size in sizes.items() if size})
+    export(vit, given.out, given.form, **({"method": method} if method else {}))
     print(f"wrote    {given.out}")
 
 

@@ -3,18 +3,15 @@
     python -m eval.features --checkpoint runs/cae_v2_vit_b --data photos --out photos.safetensors
     python -m eval.features --checkpoint mae.pth --data ~/x --out x.safetensors --tokens all --layers=5,-1
 
-`--data` is any folder of images, flat or nested; of a folder with a train/ in it, only that is read. Images
-are resized and cropped as in tests (`protocol.centre_view`). `--tokens`: the mean of the patch tokens, the
-class token, all patches in raster order, or all tokens, the class token first.
-
-The file holds float32 tensors: `features` (n, D), for patches (n, N, D), for all (n, [1+]N, D), after the
-encoder's final norm. With --layers it holds `layer_5` and so on instead, the outputs of these blocks before
-any norm, numbered from 0; -1 is the last. If the images are in class folders, `labels` (n,) are there too.
-The metadata has a JSON text, "about": file names in the order of the rows, classes, the checkpoint's hash:
+`--data` is any folder of images; of one with a train/ in it, only that is read. Images are resized and
+cropped as in tests (`protocol.centre_view`). The file holds float32 tensors: `features` after the encoder's
+final norm, by `--tokens` the mean of the patch tokens or the class token (n, D), patches in raster order
+(n, N, D), or all (n, [1+]N, D). With --layers it holds `layer_5` and so on instead, the outputs of these
+blocks before any norm, numbered from 0; -1 is the last. Images in class folders bring `labels` (n,). The
+metadata has a JSON text, "about": file names in the order of the rows, classes, the checkpoint's hash:
 
     with safetensors.safe_open("photos.safetensors", "pt") as file:
         features, about = file.get_tensor("features"), json.loads(file.metadata()["about"])
-
 Dimension key: B batch, n images, N patches, D width.
 """
 
@@ -47,11 +44,6 @@ class Config(EvalConfig):
     out: str = flag("", "the file to write, .safetensors")
     tokens: typing.Literal["mean", "cls", "patches", "all"] = flag("mean", "which tokens")
     layers: str = flag("", "blocks, as in 5,-1 (default: the encoder's output, after its final norm)")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.out.endswith(".safetensors"):
-            raise ValueError(f"--out must name the file to write, ending in .safetensors, not '{self.out}'")
 
 
 def layer_indices(layers, depth):
@@ -101,6 +93,8 @@ def names_and_classes(images, root):
 
 def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
+    if not config.out.endswith(".safetensors"):
+        raise ValueError(f"--out must name the file to write, ending in .safetensors, not '{config.out}'")
     checkpoint, vit = open_checkpoint(config)
     check_pool(config.tokens, vit, checkpoint)
     layers = layer_indices(config.layers, len(vit.blocks)) if config.layers else {"features": None}

@@ -22,13 +22,11 @@ Sources: [C] Atten4Vis/CAE, [M] mmpretrain's MFF, [F] MFM's author's fork, [E] f
   [D5] RandAugment is torchvision's on timm's scale (9 of 10): two operations, each with probability 1/2.
        Not as in timm: no noise on the strength (std 0.5 there), Identity instead of Invert and SolarizeAdd,
        a milder Posterize, bilinear moves.
-  [D6] Mixup or cutmix is drawn once per micro batch (theirs: per GPU) from (seed, step, row), like drop
-       path: these two change with the number of processes and --micro_batch, and nothing else does.
+  [D6] Mixup or cutmix is drawn per micro batch (theirs: per GPU) from (seed, step, row), like drop path:
+       nothing else changes with the number of processes and --micro_batch.
   [D7] No gradient clipping and no EMA, as in all sources; with --ema the average is tested.
   [D8] A fraction is drawn within each class, from the seed, at least one image.
-
-Dimension key: B batch, N patches, T tokens (1+N, or N without class token), D width, K classes, H heads,
-d width of a head, h x w grid.
+Dimension key: B batch, N patches, T tokens (N or 1+N), D width, K classes, H heads of width d, h x w grid.
 """
 
 import dataclasses
@@ -66,18 +64,13 @@ RECIPES = {
                        smoothing=0.0),  # [C]
         "vit_s": dict(CAE, lr=4e-4, epochs=200, warmup_epochs=20, layer_decay=0.75),  # [C]
         "vit_b": dict(CAE, lr=2e-4, epochs=100, layer_decay=0.75),  # [C]
-        "vit_l": dict(CAE, lr=2e-3, epochs=50, batch_size=4096, layer_decay=0.75, drop_path=0.2),  # [D1]
-    },
+        "vit_l": dict(CAE, lr=2e-3, epochs=50, batch_size=4096, layer_decay=0.75, drop_path=0.2)},  # [D1]
     "mfm_mae": {
         "vit_s": dict(SHARED, base_lr=5e-4, epochs=100, layer_decay=0.65),  # [F]
         "vit_b": dict(SHARED, base_lr=5e-4, epochs=100, layer_decay=0.65),  # [M] [E]
         "vit_l": dict(SHARED, base_lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.2),  # [E] [D2]
-        "vit_h": dict(SHARED, base_lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.3),  # [E] [D2]
-    },
-    "beyond_masking": {
-        "vit_b": dict(SHARED, base_lr=1e-3, epochs=100, layer_decay=0.75),  # [B] [D3]
-    },
-}
+        "vit_h": dict(SHARED, base_lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.3)},  # [E] [D2]
+    "beyond_masking": {"vit_b": dict(SHARED, base_lr=1e-3, epochs=100, layer_decay=0.75)}}  # [B] [D3]
 RECIPES["mae"] = RECIPES["mfm_mae"]  # [D2]
 WIDTHS = dict(vit_ti=192, vit_s=384, vit_b=768, vit_l=1024, vit_h=1280)
 
@@ -121,8 +114,7 @@ class Config(EvalConfig, common.TrainConfig):
 
 
 def with_recipe(config, path, vit):
-    """(config with the recipe's values where none were typed, name of the recipe, origin of the lr).
-    Raises ValueError where the recipe is unknown, or the values contradict each other."""
+    """(config with the recipe's values where none were typed, name of the recipe, origin of the lr)."""
     method = read_state(path)[-1] if config.recipe == "auto" else config.recipe
     if method not in RECIPES:
         raise ValueError(f"{path} does not say which method trained it: give --recipe {', '.join(RECIPES)}")
@@ -136,23 +128,19 @@ def with_recipe(config, path, vit):
         origin = f"{base_lr:g} x batch {values['batch_size']} / 256"
     config = dataclasses.replace(config, recipe=method, num_heads=vit.config["num_heads"], **values)
     if config.warmup_epochs >= config.epochs:
-        raise ValueError(f"--warmup_epochs {config.warmup_epochs:g} must be shorter than the run of "
-                         f"{config.epochs} epochs (fractions such as 0.5 are fine)")
+        raise ValueError(f"--warmup_epochs {config.warmup_epochs:g} is not shorter than the run")
     check_pool(config.pool, vit, path)
     return config, f"{method}, {size}", origin
 
 
 # ---- model ---------------------------------------------------------------------------------------
 
-
 class Classifier(nn.Module):
     """An encoder with a linear classifier: images (B, C, H, W) to logits (B, K).
-
     `pool="mean"`: mean of the last block's patch tokens, then `fc_norm`, which starts as a copy of the
     encoder's final norm (`fc_norm="encoder"`) or new; the final norm itself is not used. `pool="cls"`: the
     class token after the final norm. The head starts at N(0, 2e-5), which is the sources' truncated normal
-    of 0.02 times 0.001 [C] [B] or of 2e-5 [M] [E]: they cut too far out to matter.
-    """
+    of 0.02 times 0.001 [C] [B] or of 2e-5 [M] [E]: they cut too far out to matter."""
 
     def __init__(self, vit, num_classes, pool="mean", fc_norm="fresh", rel_pos_bias=False):
         super().__init__()
@@ -184,10 +172,7 @@ class Classifier(nn.Module):
 
 class BiasedAttention(nn.Module):
     """An encoder's attention with a relative position bias: softmax(q k^T / sqrt(d) + bias) v [C].
-
-    The bias is a learnt number per head and offset between two tokens, zero at the start. The other weights
-    keep their names; `load_encoder` refuses an encoder with such a table instead of computing without it.
-    """
+    The bias is a learnt number per head and offset, zero at the start. `load_encoder` refuses its table."""
 
     def __init__(self, attention, grid, class_token):
         super().__init__()
@@ -227,8 +212,7 @@ def build(config, vit, num_classes):
 
 
 def load_classifier(path):
-    """(model in eval mode, class names, content of last.pt, its path) of a fine-tuned run's folder or file;
-    with --ema the model is the average. Raises as `open_run` does."""
+    """(model, class names, content of last.pt, its path) of a run; with --ema the model is the average."""
     state, path = open_run(path, "finetuning")
     config = state["config"]
     model = Classifier(common.ViT(**state["encoder"]), len(state["classes"]), config["pool"],
@@ -241,12 +225,9 @@ def load_classifier(path):
 
 # ---- data and tests ------------------------------------------------------------------------------
 
-
 class Augment:
     """A training sample: a uint8 image to a normalised float32 one of the encoder's size, and its label.
-
-    Erasing writes N(0, 1) per pixel and channel [T], so images are normalised here already.
-    """
+    Erasing writes N(0, 1) per pixel and channel [T], so images are normalised here already."""
 
     def __init__(self, config, size):
         bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
@@ -265,8 +246,7 @@ class Augment:
 
 
 def make_mix(config, num_classes):
-    """A function of images (B, 3, H, W) and labels (B,) to mixed images and targets: soft (B, K), or the
-    labels as they are without mixing. Smoothing is left to the loss."""
+    """A function of images (B, 3, H, W), labels (B,) to mixed images and targets, soft (B, K) if mixed."""
     kinds = [kind(alpha=alpha, num_classes=num_classes)
              for kind, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
     return v2.RandomChoice(kinds) if kinds else lambda images, labels: (images, labels)
@@ -315,8 +295,7 @@ def measured(folder):
     return {line["step"]: line for line in lines if "accuracy" in line}
 
 
-# ---- train ---------------------------------------------------------------------------------------
-
+# ---- train, main ---------------------------------------------------------------------------------
 
 def preview(path, samples, mix, size):
     """Draws a few training images as rows: centre view | augmented | augmented and mixed."""
@@ -329,8 +308,7 @@ def preview(path, samples, mix, size):
 
 
 def train(config, run, dist, vit, digest):
-    """Fine-tuning from start to end, with a test after each epoch: gives the facts of the result line, or
-    None where --max_steps stops the run before its end."""
+    """Fine-tuning with tests after each epoch. Returns the facts of the result line, at the end."""
     images, val = (find_labelled(config.data, split, vit.img_size[0]) for split in ("train", "val"))
     check_classes(images, val)
     images = low_shot(images, config)
@@ -355,9 +333,6 @@ def train(config, run, dist, vit, digest):
     if run.start and run.start % plan.steps_per_epoch == 0 and run.start not in measured(run.folder):
         test(tested, val, run.start, plan, config, run, dist)  # the run was killed between save and test
 
-    def learning_rate(step):
-        return common.learning_rate(step, config.lr, warmup_steps, plan.total_steps, config.min_lr)
-
     def compute_loss(model, batch):
         views, labels = (part.to(dist.device, non_blocking=True) for part in batch)
         views, targets = mix(views, labels)  # [D6]
@@ -365,7 +340,9 @@ def train(config, run, dist, vit, digest):
             logits = model(views)  # (B, K)
         return criterion(logits.float(), targets), {}
 
-    for step, lr, grad_norm in fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate):
+    for step, lr, grad_norm in fit(
+            config, run, dist, plan, model, optimizer, compute_loss, lambda step: common.learning_rate(
+                step, config.lr, warmup_steps, plan.total_steps, config.min_lr)):
         if ema:
             ema.update_parameters(model)
         if run.log(step, lr, grad_norm) and dist.is_main:
@@ -382,16 +359,13 @@ def train(config, run, dist, vit, digest):
 
 def test(model, val, step, plan, config, run, dist):
     """Tests after `step`; the main process writes a line to the log."""
-    line = dict(step=step, epoch=step / plan.steps_per_epoch,
-                **evaluate(model, val, plan.micro_batch, config, dist))
+    result = evaluate(model, val, plan.micro_batch, config, dist)
+    line = dict(step=step, epoch=step / plan.steps_per_epoch, **result)
     if dist.is_main:
         with open(run.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         tqdm.write(f"epoch {line['epoch']:g}: top 1 {line['accuracy']:.2f} %, top 5 {line['top5']:.2f} % "
                    f"of {len(val):,} validation images")
-
-
-# ---- main ----------------------------------------------------------------------------------------
 
 
 def eval_only(config, dist, started):
@@ -402,7 +376,7 @@ def eval_only(config, dist, started):
     result = evaluate(model.to(dist.device), val, config.micro_batch or 256, config, dist)
     if dist.is_main:
         append_result("finetune", path, model.encoder, config, started, **result, step=state["step"],
-                      trained_as=state["config"], val=val.name, val_images=len(val), seed=config.seed,
+                      trained_as=state["config"], val=val.name, val_images=len(val),
                       device=str(dist.device))
         print(f"fine-tuned classifier: {result['accuracy']:.2f} %, top 5 {result['top5']:.2f} %")
 
@@ -418,7 +392,7 @@ def run_or_resume(config, dist, started):
     digest = sha256(path)
     if run.state and run.state["encoder_sha256"] != digest:
         raise ValueError(f"{path} is not the file any more that the run in {run.folder} started from: "
-                         "restore it, or give --fresh or another --out for a new run")
+                         "restore it, or give --fresh or --out")
     if run.finished and (run.start < run.state["total_steps"] or run.start in measured(run.folder)):
         return print(f"the run in {run.folder}/ is finished, step {run.start}; --fresh starts anew, "
                      f"--eval_only --checkpoint {run.folder} tests it again")
@@ -427,7 +401,7 @@ def run_or_resume(config, dist, started):
     facts = train(config, run, dist, vit, digest)
     if dist.is_main and facts:
         append_result("finetune", path, vit, config, started, **facts, recipe=row, run=str(run.folder),
-                      random_init=config.random_init, seed=config.seed, device=str(dist.device))
+                      random_init=config.random_init, device=str(dist.device))
         print(f"{'trained from random weights' if config.random_init else 'fine-tuned'} on "
               f"{facts['train_images']:,} images: {facts['accuracy']:.2f} %, top 5 {facts['top5']:.2f} %")
 

@@ -1,7 +1,6 @@
 """Frequency content of features: how much fine detail each block keeps, beside the same encoder at random.
 
     python -m eval.frequency --checkpoint runs/mfm_mae_demo --data scenes
-    python -m eval.plot runs/mae_demo runs/mfm_mae_demo --out both.png      several encoders in one picture
 
 The claim examined is that of MFM (2308.00261): pixel targets make the last blocks carry high frequencies,
 and the fusion of shallow blocks relieves them. Which transform the paper used is not known; this is that of
@@ -11,13 +10,11 @@ image after each block, without class token and final norm, are D maps of g x g 
     A(u) = mean over images and channels of log(|FFT2| + 1e-6), along the diagonal (u, u) of the spectrum
     relative log amplitude at u = A(u) - A(0), for u = 0 .. ceil(g/2) - 1
 
-Lower (more negative) at high u means smoother feature maps. The single number of a block is the last entry,
-at a frequency a little below the highest that the grid can hold (6/7 pi for g = 14). Row 0 of the result is
-the patch embedding with positions, row k the output of the k-th block.
+Lower at high u means smoother maps. The single number of a block is the last entry, at a frequency a little
+below the highest that the grid can hold (6/7 pi for g = 14).
 
-Result: frequency.json beside the checkpoint (rows of curves, for the encoder and for random weights),
-frequency.png where matplotlib is installed, and a JSON line in eval.jsonl.
-
+Result, beside the checkpoint: frequency.json (a curve for the patch embedding with positions and for each
+block; also with random weights), frequency.png where matplotlib is installed, a JSON line in eval.jsonl.
 Dimension key: B batch, N patches, D width, L blocks, g side of the grid, f = ceil(g/2) frequencies.
 """
 
@@ -45,15 +42,10 @@ class Config(EvalConfig):
 
 
 def relative_log_amplitude(features, grid):
-    """Patch tokens (B, N, D) of a square grid to their curve (f,), whose first entry is 0.
-
-    It averages over images and channels, so the curve of a data set is the mean over its images.
-    Raises ValueError for a grid that is not square: a diagonal has no meaning there.
-    """
+    """Patch tokens (B, N, D) of a square grid to their curve (f,), a mean over images. It starts at 0."""
     h, w = common.pair(grid)
     if h != w or features.shape[1] != h * w:
-        raise ValueError(f"the curve is that of the diagonal of a square grid, not of {features.shape[1]} "
-                         f"patches on {h} x {w}")
+        raise ValueError(f"a square grid is needed, not {features.shape[1]} patches on {h} x {w}")
     maps = rearrange(features, "b (h w) d -> b d h w", h=h)  # (B, D, g, g)
     amplitude = (torch.fft.fft2(maps).abs() + 1e-6).log().mean(dim=(0, 1))  # (g, g)
     diagonal = amplitude.diagonal()[: (h + 1) // 2]  # (f,)
@@ -82,8 +74,6 @@ def pick_images(images, count):
 def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
     checkpoint, vit = open_checkpoint(config)
-    if vit.grid[0] != vit.grid[1]:
-        raise ValueError(f"{checkpoint} has {vit.grid[0]} x {vit.grid[1]} patches, a square grid is needed")
     images = pick_images(find_labelled(config.data, "val", vit.img_size[0]), config.images)
     encoders = dict(random_init=random_encoder(vit, config.seed), encoder=vit)
     with common.distributed(config.device) as dist:
@@ -94,8 +84,8 @@ def main(argv=None):
         result = json.dumps(dict(rows, grid=list(vit.grid), images=len(images), data=config.data), indent=1)
         common.write_atomically(path, lambda file: file.write_text(result))
         append_result("frequency", checkpoint, vit, config, started, data=config.data, val=images.name,
-                      val_images=len(images), last_block=last["encoder"], random_init=last["random_init"],
-                      device=str(dist.device))
+                      val_images=len(images), device=str(dist.device), last_block=last["encoder"],
+                      random_init=last["random_init"])
         print("highest against zero frequency after the last block: random init "
               f"{last['random_init']:.2f}, pre-trained {last['encoder']:.2f}")
         plot.draw([checkpoint.parent], path.with_suffix(".png"), panels=("frequency",))

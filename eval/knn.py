@@ -5,17 +5,13 @@
 
 Each image is seen once (`protocol.centre_view`); its feature is the mean of the patch tokens or the class
 token (`--pool`) after the final norm, scaled to length 1. The k training images with the largest cosine
-similarity vote for their classes with weight exp(similarity / 0.07), for k = 10, 20, 100, 200; no neighbour
-is approximated. `--random_init` takes a random encoder of the same shape: the baseline.
-
+similarity (not approximated) vote for their classes with weight exp(similarity / 0.07); k is 10 to 200.
 Each process tests its share of the images against all training images, whose features it holds in memory
 (ImageNet, width 768: 4 GB). Another number of processes changes a result only where rounding breaks a tie.
-
 Dimension key: B images at once, k neighbours, D width, K classes, n images.
 """
 
 import dataclasses
-import math
 import time
 import typing
 
@@ -28,7 +24,7 @@ import common
 from common import flag
 from eval.data import find_labelled
 from eval.protocol import (EvalConfig, all_gather, append_result, check_classes, check_pool, frozen_tokens,
-                           open_checkpoint, pool_tokens, random_encoder)
+                           open_checkpoint, random_encoder)
 
 NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07
 BLOCK = 128  # test images at once: their similarities to all of ImageNet take 0.7 GB
@@ -45,23 +41,21 @@ class Config(EvalConfig):
 def extract(vit, images, config, dist):
     """(features (n, D) of length 1, labels (n,)) of this process's share of `images`, on the device."""
     features, labels = [], []
-    for tokens, batch_labels in frozen_tokens(vit, images, config.batch_size, config, dist):
-        features.append(F.normalize(pool_tokens(tokens, config.pool, math.prod(vit.grid)), dim=1))  # (B, D)
+    for pooled, batch_labels in frozen_tokens(vit, images, config.batch_size, config, dist, config.pool):
+        features.append(F.normalize(pooled, dim=1))  # (B, D)
         labels.append(batch_labels.to(dist.device))  # (B,)
     return torch.cat(features), torch.cat(labels)
 
 
 def vote(similarities, labels, num_classes, counts):
-    """{k: class (B,) for which the k nearest neighbours vote} for each k in `counts`. The similarities and
-    labels of the neighbours are (B, k) for the largest k, the nearest first."""
+    """{k: class (B,) for which the k nearest vote}, from similarities and labels (B, k), nearest first."""
     weights = (similarities / TEMPERATURE).exp()  # (B, k)
     empty = weights.new_zeros(len(weights), num_classes)  # (B, K)
     return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]).argmax(dim=1) for k in counts}
 
 
 def knn(vit, train, val, config, dist):
-    """{k: per cent of `val` that k neighbours in `train` get right}, for each k up to the number of images.
-    Raises ValueError for fewer training images than the smallest k."""
+    """{k: per cent of `val` that k neighbours in `train` get right}. Raises ValueError for few images."""
     counts = [k for k in NEIGHBOURS if k <= len(train)]
     if not counts:
         raise ValueError(f"{train.name} holds {len(train)} images, fewer than {NEIGHBOURS[0]} neighbours")
@@ -87,11 +81,10 @@ def main(argv=None):
         percent = knn(encoder, train, val, config, dist)
         if dist.is_main:
             append_result("knn", checkpoint, vit, config, started, data=config.data, train=train.name,
-                          val=val.name, train_images=len(train), val_images=len(val),
-                          classes=len(val.classes), pool=config.pool, weights=weights,
-                          temperature=TEMPERATURE, seed=config.seed, device=str(dist.device),
+                          val=val.name, train_images=len(train), val_images=len(val), pool=config.pool,
+                          classes=len(val.classes), weights=weights, temperature=TEMPERATURE,
                           accuracy={str(k): value for k, value in percent.items()},
-                          features="cached features, no augmentation")
+                          features="cached features, no augmentation", device=str(dist.device))
             each = ", ".join(f"{value:.1f} % with {k}" for k, value in percent.items())
             print(f"kNN, {weights}: {each} neighbours")
 

@@ -12,24 +12,21 @@
                 10 of warm-up; lr = 0.1 x batch / 256 = 6.4, cosine to 0, per step (CAE v2 S, B: 8192)
     images      a random crop of 8 to 100 % of the area, bicubic, and a flip; in tests `centre_view`
 
-The encoder never changes. `--out` is the folder of a run, as in pre-training (default: linear_probe beside
-the checkpoint): the same command goes on after an interruption; a finished run is only tested again.
+The encoder never changes. The run's folder is `--out`, or linear_probe beside the checkpoint: the same
+command goes on after an interruption; a finished run is only tested again.
 `--attentive` is CAE's attentive probe: one learnable query attends to all tokens, then the same classifier.
-`--sweep 0.05,0.1,0.2` trains one classifier per base learning rate on the same features; the best is chosen
-on the validation images. `--random_init` probes a random encoder of the same shape, the baseline.
+`--sweep` trains a classifier per base learning rate; the best is chosen on the validation images.
 `--protocol ridge` takes seconds: no augmentation, a classifier in closed form (eval/ridge.py), by default
 the mean of the patch tokens, the baseline beside it. Its numbers can be compared only with each other.
 
 Our decisions, where the sources are silent:
-
   [D1] BatchNorm sees the whole global batch: every process gathers all features and computes the same step,
        so the number of processes or micro batches changes no result.
   [D2] Warm-up is linear, from 0 in its first step to the peak in its last one.
   [D3] An encoder without class token is probed by the mean of its patch tokens.
-  [D4] Of the attentive probe only the idea is known. Ours has the encoder's number of heads, no biases, no
-       output projection, and the recipe above. It keeps a step's tokens: 10 GB for ViT-B and 16384 images.
+  [D4] Of the attentive probe only the idea is known. Ours has the encoder's heads, no biases, no output
+       projection, and the recipe above. It keeps a step's tokens: 10 GB for ViT-B and 16384 images.
   [D5] One test, where training ends: no epoch is chosen by looking at the validation images.
-
 Dimension key: B global batch, A micro batches of m images in each of R processes, N patches, D width,
 H heads, d = D / H, K classes, n images, h x w size of an image.
 """
@@ -82,6 +79,8 @@ class Config(EvalConfig, common.TrainConfig):
         rates = self.base_rates
         if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
             raise ValueError(f"--sweep {self.sweep} must be different numbers above 0, as in 0.05,0.1,0.2")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} must be below --epochs {self.epochs}")
 
     @property
     def base_rates(self):
@@ -147,8 +146,7 @@ class Probe(nn.Module):
         self.attention = AttentivePool(dim, vit.config["num_heads"]) if attentive else nn.Identity()
 
     def forward(self, features, dist):
-        """This process's features (A, m, D), or tokens (A, m, [1+]N, D) for attention, to the logits (B, K)
-        of the images of all processes [D1]."""
+        """Features (A, m, D), or tokens (A, m, [1+]N, D), to the logits (B, K) of all processes [D1]."""
         features = self.attention(features)  # (A, m, D)
         A, R = len(features), dist.world
         with torch.no_grad():
@@ -168,8 +166,7 @@ class Lars(torch.optim.Optimizer):
         m <- momentum m + g
         p <- p - lr m
 
-    The |g| + weight decay |p| of the paper's formula is |g| here: the probe has no weight decay.
-    """
+    The |g| + weight decay |p| of the paper's formula is |g| here: the probe has no weight decay."""
 
     def __init__(self, params, lr, momentum=0.9, trust=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
@@ -189,8 +186,7 @@ class Lars(torch.optim.Optimizer):
 def train(config, vit, pool, probes, images, run, dist, digest):
     """Trains one probe per base learning rate on the same features; goes on after an interruption."""
     if run.state and run.state["sha256"] != digest:
-        raise ValueError(f"the checkpoint has changed since the run in {run.folder} started: give --fresh, "
-                         "or another --out, for a new run")
+        raise ValueError(f"the checkpoint has changed since {run.folder} started: give --fresh or --out")
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, dist.world)
     peaks = [rate * plan.batch_size / 256 for rate in config.base_rates]
     names = [f"loss_{rate:g}" for rate in config.base_rates] if config.sweep else ["loss"]
@@ -214,7 +210,6 @@ def train(config, vit, pool, probes, images, run, dist, digest):
     for step in run.steps():
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = common.learning_rate(step, peak, warmup_steps, plan.total_steps)  # [D2]
-
         features, labels = [], []
         for views, micro_labels in run.micro_batches():
             with torch.no_grad(), common.autocast(dist.device, config.precision):
@@ -230,7 +225,6 @@ def train(config, vit, pool, probes, images, run, dist, digest):
             if "attention" in name:  # its gradient is of this process's images, the linear layer's of all
                 dist.all_reduce(parameter.grad)
         run.record(**dict(zip(names, losses)))
-
         grad_norm = nn.utils.get_total_norm([p.grad for p in probes.parameters()])
         if run.is_finite(grad_norm):
             optimizer.step()
@@ -244,8 +238,8 @@ def accuracies(config, vit, pool, probes, images, dist):
     """Per cent of `images` that each probe gets right."""
     probes.eval()
     right = torch.zeros(len(probes), device=dist.device)
-    for tokens, labels in frozen_tokens(vit, images, config.micro_batch or 256, config, dist):
-        features, labels = pool_tokens(tokens, pool, math.prod(vit.grid)), labels.to(dist.device)
+    for features, labels in frozen_tokens(vit, images, config.micro_batch or 256, config, dist, pool):
+        labels = labels.to(dist.device)
         right += torch.stack([probe.predict(features).eq(labels).sum() for probe in probes])
     return [100 * count / len(images) for count in dist.all_reduce(right).tolist()]
 
@@ -291,8 +285,8 @@ def main(argv=None):
         if dist.is_main:
             append_result("linear_probe", checkpoint, vit, config, started, protocol=config.protocol,
                           data=config.data, train=images.name, val=val.name, train_images=len(images),
-                          val_images=len(val), classes=len(val.classes), pool=pool, seed=config.seed,
-                          **facts, device=str(dist.device))
+                          val_images=len(val), classes=len(val.classes), pool=pool, **facts,
+                          device=str(dist.device))
             print(line)
 
 

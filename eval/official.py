@@ -4,34 +4,27 @@
     model = cae_v2.CAEv2(...)
     load_official(model, torch.load("checkpoint-299.pth", weights_only=True)["model"])
 
-Every tensor of theirs is used; the docstrings below name the exceptions. A file without the decoder or the
-regressor is refused; `eval.encoders` reads its encoder.
+Every tensor of theirs is used, but for the exceptions below, and none may be missing: files of an encoder
+alone are for `eval.encoders`.
 """
 
 from eval.encoders import BACKBONE, LAYER_SCALE, MMPRETRAIN, check_weights, fused_biases, renamed
 
 # Parts of the authors' names (the spelling is theirs) and ours for them, replaced in this order.
-CAE_V2 = (
-    ("regresser.regressor_blocks.", "regressor."), ("rd_pos_embed", "positions"),
-    ("encoder_to_regresser_norm.", "adapter.1."), ("encoder_to_regresser.", "adapter.0."),
-    ("decoder.norm.", "head_norm."), ("decoder.head.", "head."),
-    (".norm1_q.", ".norm_q."), (".norm1_k.", ".norm_k."), (".norm1_v.", ".norm_v."),
-    (".norm2_cross.", ".norm_2."), (".mlp_cross.", ".mlp."),
-    (".cross_attn.q_bias", ".attn.q.bias"), (".cross_attn.v_bias", ".attn.v.bias"),
-    (".cross_attn.", ".attn."), (".gamma_1_cross", ".ls1.gamma"), (".gamma_2_cross", ".ls2.gamma"),
-    *LAYER_SCALE,
-)
-MFM = (
-    ("backbone.proj_layers.", "fusion.projections."), ("backbone.proj_weights", "fusion.logits"),
-    ("neck.ln1.", "decoder_norm."), ("neck.", ""), *MMPRETRAIN,
-)
+CAE_V2 = (("regresser.regressor_blocks.", "regressor."), ("rd_pos_embed", "positions"),
+          ("encoder_to_regresser_norm.", "adapter.1."), ("encoder_to_regresser.", "adapter.0."),
+          ("decoder.norm.", "head_norm."), ("decoder.head.", "head."),
+          (".norm1_q.", ".norm_q."), (".norm1_k.", ".norm_k."), (".norm1_v.", ".norm_v."),
+          (".norm2_cross.", ".norm_2."), (".mlp_cross.", ".mlp."),
+          (".cross_attn.q_bias", ".attn.q.bias"), (".cross_attn.v_bias", ".attn.v.bias"),
+          (".cross_attn.", ".attn."), (".gamma_1_cross", ".ls1.gamma"), (".gamma_2_cross", ".ls2.gamma"),
+          *LAYER_SCALE)
+MFM = (("backbone.proj_layers.", "fusion.projections."), ("backbone.proj_weights", "fusion.logits"),
+       ("neck.ln1.", "decoder_norm."), ("neck.", ""), *MMPRETRAIN)
 
 
 def load_official(model, state_dict):
-    """Loads pre-training weights, {the authors' name: tensor}, into a CAEv2, BeyondMasking or MFMMAE.
-
-    Raises ValueError that names a tensor that is missing, has another shape, or is not used.
-    """
+    """Loads {the authors' name: tensor} into a CAEv2, BeyondMasking or MFMMAE. Raises ValueError."""
     kind = type(model).__name__  # not its class: people copy the method files, and change them
     formats = dict(CAEv2=from_cae_v2, BeyondMasking=from_beyond_masking, MFMMAE=from_mfm_mae)
     if kind not in formats:
@@ -43,8 +36,7 @@ def load_official(model, state_dict):
 
 
 def from_cae_v2(state_dict, own):
-    """Left out are `regresser.norm.*`, which the authors' model never applies, and a layer scale of ones in
-    the regressor if our model has none."""
+    """Left out: `regresser.norm.*`, never applied, and layer scales of ones that our regressor lacks."""
     weights = fused_biases(renamed(state_dict, CAE_V2))
     if "positions" in weights:
         weights["positions"] = weights["positions"][:, 1:]  # without the class token, which has no use
@@ -56,8 +48,7 @@ def from_cae_v2(state_dict, own):
 
 
 def from_beyond_masking(state_dict, own):
-    """Left out is `encoder.cls_token`, which the authors save and never use, unless our model has one.
-    Their files hold no position tables: the model keeps its own."""
+    """Left out: `encoder.cls_token`, never used, if our model has none. Position tables stay our own."""
     tables = {name: own[name] for name in ("encoder.pos_embed", "decoder.positions")}
     weights = tables | fused_biases(state_dict)
     if "encoder.cls_token" not in own:

@@ -22,8 +22,7 @@ LOGGED = dict(loss="loss", accuracy="accuracy", top5="accuracy", weight="weights
 
 
 def read_run(folder):
-    """{panel: {name: [(x, y) ...]}} of a run's folder; for "frequency", y is the last entry of a curve.
-    Raises FileNotFoundError for a folder in which nothing was logged, ValueError for a broken log."""
+    """{panel: {name: [(x, y) ...]}} of a run's folder; for "frequency", y is the last entry of a curve."""
     folder, found = Path(folder).expanduser(), {}
     log, frequency = folder / "log.jsonl", folder / "frequency.json"
     try:
@@ -44,21 +43,8 @@ def read_run(folder):
     return found
 
 
-def draw_panel(axes, panel, title, curves):
-    """Draws curves {label: [(x, y) ...]}. Dotted: the start of the weights; the random encoder."""
-    for number, (label, points) in enumerate(curves.items()):
-        style = dict(accuracy=".-", frequency="x:" if number % 2 else "o-").get(panel, "-")
-        colour = number // 2 if panel == "frequency" else number
-        axes.plot(*zip(*points), style, label=label, color=f"C{colour}")
-    if panel == "weights":
-        axes.axhline(1 / len(curves), color="grey", linewidth=0.6, linestyle=":")
-    axes.set(title=title, xlabel=PANELS[panel][0], ylabel=PANELS[panel][1])
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
-
-
 def draw(folders, path, panels=PANELS):
-    """Draws those of `panels` that the runs have values for, or says that matplotlib is missing."""
+    """Draws those of `panels` that have values. Dotted: the start of the weights, the random encoder."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -71,8 +57,17 @@ def draw(folders, path, panels=PANELS):
                 label = folder if name == panel else f"{folder}, {name}"
                 drawn.setdefault((panel, title), {})[label] = points
     figure = Figure(figsize=(4.5 * len(drawn), 3.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
-        draw_panel(axes, *panel, drawn[panel])
+    places = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, ((panel, title), curves) in zip(places, drawn.items()):
+        for number, (label, points) in enumerate(curves.items()):
+            style = dict(accuracy=".-", frequency="x:" if number % 2 else "o-").get(panel, "-")
+            colour = number // 2 if panel == "frequency" else number
+            axes.plot(*zip(*points), style, label=label, color=f"C{colour}")
+        if panel == "weights":
+            axes.axhline(1 / len(curves), color="grey", linewidth=0.6, linestyle=":")
+        axes.set(title=title, xlabel=PANELS[panel][0], ylabel=PANELS[panel][1])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=8)
     common.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
     print(f"drew {path}")
 

@@ -46,20 +46,18 @@ class EvalConfig(common.MachineConfig):
             raise ValueError("--checkpoint is missing: give the encoder's file, or the folder of a run")
 
 
-def open_checkpoint(config, **override):
-    """(path, encoder) of --checkpoint, --img_size and --num_heads; `override` as in `load_encoder`.
-    Raises FileNotFoundError or ValueError, also where the result line could not be written."""
+def open_checkpoint(config):
+    """(path, encoder) of --checkpoint. Raises FileNotFoundError or ValueError, as `check_writable` does."""
     path = find_file(config.checkpoint)
     check_writable(path)
     given = {name: getattr(config, name) for name in ("img_size", "num_heads") if getattr(config, name)}
     # The rank by hand: the processes may not be joined yet.
     with only_main_prints(common.Dist(int(os.environ.get("RANK", 0)), 1, None)):
-        return path, load_encoder(path, in_chans=3, **given, **override)
+        return path, load_encoder(path, in_chans=3, **given)
 
 
 def open_run(path, kind):
-    """(content of last.pt, its path) of a run's folder or file; `kind` as in `Run`, such as "finetuning".
-    Raises FileNotFoundError or ValueError, also where the result line could not be written."""
+    """(content of last.pt, its path) of a run's folder or file; `kind` as in `Run`, say "finetuning"."""
     path = Path(path).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     state = common.read_checkpoint(path)
@@ -73,8 +71,7 @@ def check_writable(path):
     """Raises ValueError, before the work, where the result line of a checkpoint cannot be written."""
     log = path.parent / "eval.jsonl"
     if not os.access(log if log.exists() else log.parent, os.W_OK):
-        raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint to a "
-                         "folder of your own")
+        raise ValueError(f"the result belongs in {log}, which cannot be written: copy the checkpoint")
 
 
 def only_main_prints(dist):
@@ -89,7 +86,7 @@ def random_encoder(vit, seed):
 
 
 class CentreViews(torch.utils.data.Dataset):
-    """The images of a `common.Images` as tests see them, with their labels: (uint8 (3, H, W), label)."""
+    """The images of a `common.Images` as tests see them, and their labels: (uint8 (3, H, W), label)."""
 
     def __init__(self, images, size, whole=True):
         self.images, self.size, self.whole = images, size, whole
@@ -115,8 +112,7 @@ def centre_view(image, size, whole=True):
 
 
 def share_loader(dataset, batch_size, config, dist, collate=None):
-    """A loader of this process's share of a dataset: samples rank, rank + world, ...; so sums over the
-    processes are sums over the dataset. With `batch_size` None it gives single samples."""
+    """A loader of this process's share: samples rank, rank + world, ... `batch_size` None: single ones."""
     share = range(dist.rank, len(dataset), dist.world)
     return torch.utils.data.DataLoader(
         dataset, batch_size, sampler=share, num_workers=common.num_workers(config), collate_fn=collate,
@@ -124,21 +120,20 @@ def share_loader(dataset, batch_size, config, dist, collate=None):
 
 
 @torch.no_grad()
-def frozen_tokens(vit, images, batch_size, config, dist):
-    """Yields (tokens after the final norm (B, [1+]N, D) float32 on the device, labels (B,)) of this
-    process's share of `images`. Raises ValueError as `centre_batches` and `check_finite` do."""
+def frozen_tokens(vit, images, batch_size, config, dist, pool=None):
+    """Yields (tokens after the final norm (B, [1+]N, D), or (B, D) by `pool`, float32 on the device, labels
+    (B,)) of this process's share of `images`. Raises ValueError as `centre_batches`, `check_finite` do."""
     for batch, labels in centre_batches(vit, images, batch_size, config, dist):
         with common.autocast(dist.device, config.precision):
             tokens = vit(batch).float()  # (B, [1+]N, D)
-        yield check_finite(tokens), labels
+        yield pool_tokens(check_finite(tokens), pool, math.prod(vit.grid)), labels
 
 
 def centre_batches(vit, images, batch_size, config, dist):
     """Yields (normalised views (B, 3, H, W) on the device, labels (B,)) of this process's share, in order;
     the encoder goes there too, in eval mode. Raises ValueError for fewer images than processes."""
     if len(images) < dist.world:
-        raise ValueError(f"{images.name} holds {len(images)} images, fewer than the {dist.world} "
-                         "processes: start fewer")
+        raise ValueError(f"{images.name} holds {len(images)} images, fewer than the {dist.world} processes")
     vit.eval().to(dist.device)
     loader = share_loader(CentreViews(images, vit.img_size), batch_size, config, dist)
     for batch, labels in tqdm(loader, images.name, leave=False, disable=None if dist.is_main else True):
@@ -153,8 +148,7 @@ def check_finite(values, what="the encoder gives features"):
 
 
 def pool_tokens(tokens, pool, num_patches):
-    """(B, [1+]N, D) to (B, D): the class token ("cls"), or the mean of the N patch tokens ("mean"); any
-    other word leaves the tokens as they are."""
+    """(B, [1+]N, D) to (B, D): the class token ("cls") or the mean of N patches ("mean"); or unchanged."""
     if pool == "mean":
         return tokens[:, -num_patches:].mean(dim=1)  # (B, D)
     return tokens[:, 0] if pool == "cls" else tokens
@@ -219,7 +213,6 @@ def fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate, 
         lr = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-
         for micro, batch in enumerate(run.micro_batches()):
             # Drop path, mixup and anchors are drawn in here: seeded, they need no saved generator.
             torch.manual_seed(common.seed_for(config.seed, "step", step, plan.first_row(micro, dist)))
@@ -227,7 +220,6 @@ def fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate, 
             loss, parts = compute_loss(parallel, batch)
             (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
-
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
         if run.is_finite(grad_norm):
             optimizer.step()
@@ -248,7 +240,7 @@ def append_result(kind, checkpoint, vit, config, started, **facts):
         view="torchvision uint8, bicubic antialias", seconds=round(time.perf_counter() - started, 1),
         torch=torch.__version__, torchvision=torchvision.__version__, pillow=PIL.__version__,
         processes=int(os.environ.get("WORLD_SIZE", 1)), flags=dataclasses.asdict(config),
-        commit=common.commit(), command=" ".join(sys.argv))
+        seed=config.seed, commit=common.commit(), command=" ".join(sys.argv))
     log = checkpoint.parent / "eval.jsonl"
     with open(log, "a") as file:
         file.write(json.dumps(record) + "\n")

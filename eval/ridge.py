@@ -1,28 +1,23 @@
 """The fast linear probe, `python -m eval.linear_probe --protocol ridge`: ridge regression in closed form.
 
-Features are not augmented; they are standardised with the statistics of the training images (as by the
-BatchNorm of the papers' probe), and only a D x D matrix of them is kept, so the data may have any size.
-Nothing is tuned or drawn: the same command gives the same number. It compares only with others of its kind.
-
+Features are not augmented; they are standardised with the statistics of the training images, as by the
+BatchNorm of the papers' probe. Only a D x D matrix of them is kept. Nothing is tuned or drawn.
 Dimension key: B batch, D width, K classes.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
-from eval.protocol import frozen_tokens, pool_tokens
+from eval.protocol import frozen_tokens
 
-# Added to the diagonal of the features' correlation matrix, which is 1; in sums over n images it would be
-# RIDGE * n. Fixed, so that no number was chosen by looking at the test images.
+# Added to the features' correlation matrix, whose diagonal is 1. Fixed: not chosen on the test images.
 RIDGE = 1e-2
 
 
 def extract(vit, images, pool, config, dist):
     """Yields features (B, D) float64 and labels (B,), on the CPU, of this process's share of `images`."""
-    for tokens, labels in frozen_tokens(vit, images, config.micro_batch or 256, config, dist):
-        yield pool_tokens(tokens, pool, math.prod(vit.grid)).cpu().double(), labels
+    for features, labels in frozen_tokens(vit, images, config.micro_batch or 256, config, dist, pool):
+        yield features.cpu().double(), labels
 
 
 def fit_ridge(batches, num_classes, ridge=RIDGE, all_reduce=lambda tensor: tensor):

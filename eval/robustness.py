@@ -10,17 +10,13 @@
 
 The checkpoint is a run of eval.finetune, which keeps the class names: the class of an image is the name of
 its folder (the WNID), never the place of the folder among the others, which is not the same in A and R.
-
-The error of a corruption is the mean over its severities 1 to 5, the mean error is the mean over the
-corruptions. For the mCE the error of each corruption is first divided by AlexNet's. So the mCE exists only
-for all 15 corruptions of ImageNet-C together, and for a classifier of ImageNet's 1000 classes.
+The error of a corruption is the mean over its severities 1 to 5, the mean error that over the corruptions,
+and the mCE that of the errors divided by AlexNet's, for all 15 corruptions and ImageNet's 1000 classes.
 
 Sources: [I] the constants that ImageNet-C's authors published, [F] the test code of MFM's author.
   [D1] The view is that of all tests, short side to 256, then the centre of 224 pixels, also for C [F]: its
        images have 224 pixels already and lose their border. `--view whole` leaves such images as they are.
-  [D2] In A and R the arg max runs over the classes in the folder: 200 of the 1000 in the published sets.
-       The count is printed and stored, since fewer classes are an easier task.
-
+  [D2] In A and R the arg max runs over the classes in the folder, 200 of the 1000: an easier task.
 Dimension key: B batch.
 """
 
@@ -45,7 +41,6 @@ ALEXNET = dict(
     glass_blur=.826268, motion_blur=.785948, zoom_blur=.798360, snow=.866816, frost=.826572, fog=.819324,
     brightness=.564592, contrast=.853204, elastic_transform=.646056, pixelate=.717840,
     jpeg_compression=.606500)
-SEVERITIES = ("1", "2", "3", "4", "5")
 NAMES = dict(a="ImageNet-A", r="ImageNet-R", sketch="ImageNet-Sketch", c="ImageNet-C")
 
 
@@ -68,8 +63,7 @@ class Config(common.MachineConfig):
 
 
 def by_name(folder, classes):
-    """The images in CLASS/ folders, labelled with the place of CLASS in the classifier's list of `classes`.
-    Raises FileNotFoundError or ValueError for a folder without images or with a class of another name."""
+    """The images in CLASS/ folders, labelled with the place of CLASS in the classifier's `classes`."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder}, which should hold one folder per class")
     files, label = common.list_images(folder), {name: index for index, name in enumerate(classes)}
@@ -77,8 +71,7 @@ def by_name(folder, classes):
     unknown = sorted(set(names) - label.keys())
     if unknown:
         raise ValueError(f"{folder} has {unknown[0]}, which none of the classifier's {len(classes)} "
-                         f"classes ({', '.join(classes[:3])} ...) is called: the classifier was trained on "
-                         "other data, or the folder has another layout")
+                         f"classes ({', '.join(classes[:3])} ...) is called: other data, or another layout")
     return common.Images(files, [label[name] for name in names], classes, str(folder))
 
 
@@ -94,15 +87,13 @@ def errors(model, images, allowed, config, dist):
 
 
 def corruption_errors(model, classes, config, dist):
-    """{corruption: per cent wrong, the mean over severities 1 to 5} of the corruptions in the folder, and
-    the number of images. Raises FileNotFoundError where there is none, or a severity is missing."""
+    """({corruption: per cent wrong, the mean over severities 1 to 5}, number of images) of the folder."""
     root, found, count = Path(config.data).expanduser(), {}, 0
     names = [name for name in ALEXNET if (root / name).is_dir()]
     if not names:
-        raise FileNotFoundError(f"{root} has no folder {next(iter(ALEXNET))} or of another corruption: "
-                                "give the folder that holds CORRUPTION/SEVERITY/WNID/*.JPEG")
+        raise FileNotFoundError(f"{root} has no folder {next(iter(ALEXNET))}, or of another corruption")
     # All folders are read before the first image is computed.
-    sets = {name: [by_name(root / name / severity, classes) for severity in SEVERITIES] for name in names}
+    sets = {name: [by_name(root / name / severity, classes) for severity in "12345"] for name in names}
     for name, severities in sets.items():
         wrong = [errors(model, images, range(len(classes)), config, dist) for images in severities]
         found[name] = sum(100 * part / whole for part, whole in wrong) / len(wrong)
@@ -145,7 +136,7 @@ def main(argv=None):
         if dist.is_main:
             append_result("robustness", path, model.encoder, config, started, dataset=NAMES[config.kind],
                           **facts, classes=len(classes), trained_as=state["config"], step=state["step"],
-                          seed=config.seed, device=str(dist.device))
+                          device=str(dist.device))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Training: as CAE v1 and v2 [code] and MAE, on which MFM builds; for Beyond Maski
 folder is segment_HEAD beside the checkpoint. The same command resumes, on a CPU bit for bit (a GPU adds up
 gradients of resized maps in no fixed order). UPerNet has GroupNorm, and on several GPUs SyncBatchNorm.
 Test: whole images with the short side of a crop, in windows of its size, two thirds of it apart; logits are
-averaged where windows overlap and resized to the label map. From one confusion matrix of all images:
+averaged where they overlap and resized to the label map. From one confusion matrix of all images:
   mIoU  right / (truth + predicted - right), mean over the classes that occur in the truth or the prediction
   aAcc  share of the labelled pixels that is right      mAcc  the same per class of the truth, their mean
 
@@ -22,13 +22,11 @@ Sources: [code] the authors' configurations. Where they are silent or we differ:
   [D2] ViT-Ti and S have no released recipe and take ViT-B's. ViT-L's holds from 24 blocks on. Depths other
        than 12 and 24 are read at the same places: after 1/3, 1/2, 2/3 and all of the blocks.
   [D3] In UPerNet laterals and pools 1x1, fusions 3x3, no bias, norm and ReLU; dropout of whole channels.
-  [D4] The loss is a crop's sum of cross-entropies / (H W), with 0 for ignored pixels, and its mean over
-       crops: equal counts on all processes and micro batches.
+  [D4] The loss is the mean over all pixels of a crop, 0 for ignored ones: equal counts on all processes.
   [D5] Photometric distortion in the ranges of torchvision's RandomPhotometricDistort, each step for half of
        the crops, channels not swapped. Ten tries for a crop that the limit of 0.75 allows.
   [D6] Warm-up is a factor on the poly schedule. bf16 autocast instead of fp16. No decay on the class token.
   [D7] `--head linear`, a quick reading: normed tokens of the last block, AdamW, 10,000 steps, lr 1e-3.
-
 Dimension key: B batch, D encoder width, C UPerNet's, K classes, N patches, H x W crop, h x w grid or image.
 """
 
@@ -59,8 +57,7 @@ IGNORE = 255  # in label maps, once read: no class, no loss, no score
 RECIPES = {
     "base": dict(steps=160_000, lr=1e-4, layer_decay=0.65, drop_path=0.1),  # [code]
     "large": dict(steps=160_000, lr=4e-5, layer_decay=0.95, drop_path=0.15),  # [code]
-    "linear": dict(steps=10_000, lr=1e-3, layer_decay=1.0, drop_path=0.0),  # [D7]
-}
+    "linear": dict(steps=10_000, lr=1e-3, layer_decay=1.0, drop_path=0.0)}  # [D7]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +96,9 @@ def with_recipe(config, num_classes, depth):
 
 # ---- data ------------------------------------------------------------------------------------------------
 
-
 class LabelMaps(torch.utils.data.Dataset):
     """`dataset[index]` is (uint8 image (3, h, w), ids of its label map (h, w) int32, the map's name).
-    `images` is a `common.Images`; `maps` another one, of which the paths are used, or a tensor (n, h, w).
-    Raises ValueError for a file that cannot be read."""
+    `images` is a `common.Images`; `maps` another one, whose paths are used, or a tensor (n, h, w)."""
 
     def __init__(self, images, maps, classes, name):
         self.images, self.maps, self.classes, self.name = images, maps, tuple(classes), name
@@ -138,8 +133,7 @@ def to_labels(image, ids, name, config):
 
 
 def find_maps(config, split):
-    """The `LabelMaps` of --data for split "train" or "val". Classes are the lines of classes.txt, or ids.
-    Raises FileNotFoundError or ValueError that names what is missing."""
+    """The `LabelMaps` of --data for split "train" or "val". Raises FileNotFoundError or ValueError."""
     if config.data == "scenes":
         from demo.scenes import MAP_CLASSES, SEEDS, make_scenes
         scenes = make_scenes({"train": 1000, "val": 200}[split], config.img_size, SEEDS[split])
@@ -164,8 +158,7 @@ def find_maps(config, split):
 
 
 def scaled_size(size, short_side):
-    """(h, w) with its short side resized to `short_side`, and its long side to at most four times that,
-    which is what "2048 x 512 with the aspect kept" means for a crop of 512 [code]."""
+    """(h, w) with its short side resized to `short_side`, its long side to at most 4 times that [code]."""
     factor = min(short_side / min(size), 4 * short_side / max(size))
     return [max(1, round(side * factor)) for side in size]
 
@@ -206,7 +199,6 @@ def distort(image):
 
 # ---- model -----------------------------------------------------------------------------------------------
 
-
 def out_indices(depth):
     """The blocks that UPerNet reads, 0-based: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24 [code] [D2]."""
     return [max(round(depth * sixths / 6) - 1, 0) for sixths in (2, 3, 4, 6)]
@@ -217,8 +209,7 @@ def upsample(x, size):
 
 
 def norm_layer(norm, channels):
-    """`batch`, or `group`: GroupNorm with 32 groups, or as many as divide the channels with 4 in each, as a
-    pool of one cell has no other values to be normalised by."""
+    """`batch`, or `group`: 32 groups, or as many as leave 4 channels in each: a pool may have one cell."""
     groups = [count for count in range(1, 33) if channels % count == 0 and channels >= 4 * count]
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(max(groups, default=1), channels)
 
@@ -234,9 +225,9 @@ class UPerNet(nn.Module):
     def __init__(self, dim, num_classes, channels, norm):
         super().__init__()
         twice = [nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(3)]
-        self.rescale = nn.ModuleList([  # no norm on the encoder's outputs themselves [code]
-            nn.Sequential(twice[0], norm_layer(norm, dim), nn.GELU(), twice[1]), twice[2], nn.Identity(),
-            nn.MaxPool2d(2)])
+        finest = nn.Sequential(twice[0], norm_layer(norm, dim), nn.GELU(), twice[1])
+        # No norm on the encoder's outputs themselves [code].
+        self.rescale = nn.ModuleList([finest, twice[2], nn.Identity(), nn.MaxPool2d(2)])
         self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(cells), conv(dim, channels, 1, norm))
                                    for cells in (1, 2, 3, 6))  # [code]
         self.bottleneck = conv(dim + 4 * channels, channels, 3, norm)
@@ -292,7 +283,6 @@ def pixel_loss(logits, labels):
 
 
 # ---- test ------------------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def predict(model, image, config, device):
@@ -369,22 +359,20 @@ def draw_overlays(path, model, data, config, device, count=6, side=240):
 
 
 def report(model, config, folder, path, dist, started, **facts):
-    """Tests the model; the main process draws, writes the result line beside `path`, with `facts` about the
-    training, and prints the scores."""
+    """Tests; the main process draws, writes the result line beside `path`, with `facts`, prints scores."""
     data = find_maps(config, "val")
     result = scores(evaluate(model, data, config, dist))
     if dist.is_main:
         draw_overlays(folder / "overlays.png", model, data, config, dist.device)
         append_result("segment", path, model.encoder, config, started, protocol=config.head,
                       data=config.data, val=data.name, val_images=len(data), random_init=config.random_init,
-                      **result, **facts, seed=config.seed, device=str(dist.device))
+                      **result, **facts, device=str(dist.device))
         print(f"segmentation ({config.head}): mIoU {result['miou']:.1f}, aAcc {result['aacc']:.1f}, mAcc "
               f"{result['macc']:.1f} %; the commonest class everywhere: mIoU {result['commonest_miou']:.1f}"
               f", aAcc {result['commonest_aacc']:.1f} %; pictures in {folder}/overlays.png")
 
 
 # ---- train -----------------------------------------------------------------------------------------------
-
 
 def learning_rate(step, config):
     """Poly schedule of power 1 down to 0, times a linear warm-up from 1e-6 [code] [D6]."""
@@ -434,10 +422,9 @@ def test_only(config, dist, started):
     own = {name: getattr(config, name) for name in (
         "data", "device", "workers", "micro_batch", "precision", "eval_only")}
     config = dataclasses.replace(Config(**state["config"]), **own)
-    model = Segmenter(common.ViT(**state["encoder"]), config, state["norm"])
+    model = Segmenter(common.ViT(**state["encoder"]), config, state["norm"]).to(dist.device)
     model.load_state_dict(state["model"])
-    report(model.to(dist.device), config, path.parent, path, dist, started, step=state["step"],
-           norm=state["norm"])
+    report(model, config, path.parent, path, dist, started, step=state["step"], norm=state["norm"])
 
 
 def main(argv=None):

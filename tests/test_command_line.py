@@ -15,7 +15,7 @@ import beyond_masking
 import cae_v2
 import common
 import mfm_mae
-from helpers import QUICK, TINY, call, differences, finish, load, sentence, start, teacher_file
+from helpers import QUICK, TINY, call, differences, finish, load, read_log, sentence, start, teacher_file
 
 FLAGS = dict(cae_v2=TINY, mfm_mae=[*QUICK, "--img_size=32", "--patch_size=8", "--lr=0.3"],
              beyond_masking=[*QUICK, "--img_size=28", "--patch_size=7"])
@@ -115,17 +115,19 @@ def test_the_dry_run_needs_nothing_and_counts_right(tmp_path, monkeypatch, capsy
     on all tokens, the student three times as much on those that it sees."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", None)
-    assert call("--model", model, "--dry_run", "--data=nowhere", main=module.main) == 0
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    module.main(["--model", model, "--dry_run", "--data=nowhere"])
     text = capsys.readouterr().out
     assert os.listdir(tmp_path) == [] and f"{steps:,} = 300 epochs x {steps // 300}" in text
     parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))
     assert parameters / 1e6 == pytest.approx(millions, abs=0.4)
+    assert 16 * parameters / 2**30 < float(re.search(r"roughly ([\d.]+) GiB", text)[1]) < 80
     total = float(re.search(r"([\d.]+) GFLOP", text)[1])
     if module is cae_v2:
         teacher = float(re.search(r"([\d.]+) of them in the teacher", text)[1])
         assert teacher == pytest.approx(2 * 17.6, rel=0.05)
         assert model != "vit_b" or 3 * 17.6 < total - teacher < 2 * 3 * 17.6
-    seconds = total * 1e9 * steps * (4096 if module is mfm_mae else 2048) / 0.4  # at 1 FLOP a second
+    seconds = total * 1e9 * steps * (4096 if module is mfm_mae else 2048) / 4 / 0.4  # at 1 FLOP a second
     hours = {card: float(number) for card, number in re.findall(r"([AH]\d00) ([\d.]+)", text)}
     assert hours == {card: pytest.approx(seconds / peak / 3600, rel=0.02)
                      for card, peak in dict(A100=312e12, H100=989e12, H200=989e12).items()}
@@ -135,6 +137,7 @@ def test_the_dry_run_needs_nothing_and_counts_right(tmp_path, monkeypatch, capsy
 def trained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
     assert call(*FLAGS["mfm_mae"], "--data", data, "--out", out, main=mfm_mae.main) == 0
+    assert read_log(out)[-1]["eta_s"] == 0
     return out
 
 

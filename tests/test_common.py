@@ -103,6 +103,9 @@ def test_a_new_vit_has_fixed_positions_and_maes_initialisation():
         assert bound * 0.99 < layer.weight.abs().max() <= bound
         assert layer.bias.abs().max() == 0 or layer is vit.patch_embed.proj
     assert vit.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
+    decay, rest = common.parameter_groups(vit, 0.3)  # timm's rule
+    assert (decay["weight_decay"], rest["weight_decay"], len(decay["params"])) == (0.3, 0.0, 6)
+    assert {*rest["params"]} == {p for p in vit.parameters() if p.ndim == 1}
     vit.set_positions(table := torch.randn(64, 256))
     assert torch.equal(vit.pos_embed[0], torch.cat([torch.zeros(1, 256), table]))
 
@@ -269,11 +272,12 @@ def test_folders_of_images(tmp_path, monkeypatch):
         images = common.find_data(str(spec), split)
         return [os.path.relpath(images.path(index), tmp_path) for index in range(len(images))]
     write_images(tmp_path / "b" / "deep", 2, kind=".JPEG")
-    write_images(tmp_path / "a", 1)
+    write_images(tmp_path / "linked", 1)
+    (tmp_path / "a").symlink_to(tmp_path / "linked")
     write_images(tmp_path, 2, kind=".Jpg")
     for name in ("notes.txt", ".hidden.png", "archive.zip"):
         (tmp_path / name).write_bytes(b"junk")
-    assert found() == ["00.Jpg", "01.Jpg", "a/00.png", "b/deep/00.JPEG", "b/deep/01.JPEG"]
+    assert found() == ["00.Jpg", "01.Jpg", "a/00.png", "b/deep/00.JPEG", "b/deep/01.JPEG", "linked/00.png"]
     for folder in ("train", "test", "validation", "val"):
         write_images(tmp_path / folder, 1)
         assert found() == ["train/00.png"] and (folder == "train" or found("val") == [f"{folder}/00.png"])
@@ -341,8 +345,8 @@ def test_normalise_by_numpy_and_back():
     np.testing.assert_allclose(common.normalise(images).numpy(), expected, atol=1e-6)
     close(common.normalise(images, (0, 0, 0), (1, 1, 1)), images / 255)
     close(common.unnormalise(common.normalise(images)), images / 255)
-    few = common.Samples(common.Images(images), lambda image, label: image, seed=0)
-    assert torch.equal(common.preview_batch(few, 2), images)  # from all over the data
+    many = common.Samples(common.Images(images.repeat_interleave(3, dim=0)), lambda image, label: image, seed=0)
+    assert torch.equal(common.preview_batch(many, 2), images)  # from all over the data
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -2,21 +2,22 @@
 
 import argparse
 import json
-import os
 import pathlib
+import runpy
+import sys
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 import common
 from eval import encoders
 from eval.encoders import assumed_heads, export, load_encoder
-from helpers import call, finish, start
+from helpers import call
 
 
 def golden(name):
@@ -26,7 +27,6 @@ def golden(name):
 CAE, BEYOND, MFM = golden("cae_v2")["cases"], golden("beyond_masking")["variants"], golden("mfm_mae")
 SMALL = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-MODULE = ["-m", "eval.encoders"]
 OURS = common.ViT(**SMALL, init_values=0.1).state_dict()
 SOURCES = {  # what a file of each format holds
     "timm": OURS, "mae": MFM["mae"]["state_dict"], "mmpretrain": {"state_dict": MFM["mfm"]["state_dict"]},
@@ -57,11 +57,7 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-# -- formats
-
-
-@pytest.mark.parametrize("config", [
-    dict(SMALL, class_token=False, mlp_ratio=2.0), dict(SMALL, init_values=0.1),
+@pytest.mark.parametrize("config", [dict(SMALL, class_token=False, mlp_ratio=2.0), dict(SMALL, init_values=0.1),
     dict(SMALL, img_size=(16, 64), patch_size=(8, 16), in_chans=5),
     dict(SMALL, embed_dim=56, mlp_ratio=115.5 / 56),  # 115 / 56 * 56 is 114.99999999999999 in floats
 ])
@@ -92,8 +88,7 @@ def test_last_pt_reads_its_own_head_count_and_ignores_the_rest(tmp_path, capsys,
 
 @pytest.mark.parametrize("changes", [
     {}, dict(init_values=0.1), dict(class_token=False, global_pool="avg", fc_norm=False),
-    dict(num_classes=10), dict(no_embed_class=True), dict(mlp_ratio=3.0, in_chans=3, depth=1),
-])
+    dict(num_classes=10), dict(no_embed_class=True), dict(mlp_ratio=3.0, in_chans=3, depth=1)])
 def test_timm_forward(tmp_path, changes):
     model, path = timm_file(tmp_path, **changes)
     vit = load_encoder(path, num_heads=4)
@@ -105,8 +100,7 @@ def test_timm_forward(tmp_path, changes):
     lambda state: {"model": state, "args": argparse.Namespace(blr=None), "epoch": 3, "optimizer": {}},
     lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
     lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
-    lambda state: {key.replace("s.0.", "s.0._orig_mod."): value.half() for key, value in state.items()},
-])
+    lambda state: {key.replace("s.0.", "s.0._orig_mod."): value.half() for key, value in state.items()}])
 def test_wrappers(tmp_path, wrap):
     model, path = timm_file(tmp_path, wrap)
     vit = load_encoder(path, num_heads=4)
@@ -212,20 +206,10 @@ def refused(path, match, error=ValueError, **override):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-def test_junk(tmp_path, name):
-    path = tmp_path / name
-    save_file(OURS, path) if name == "x.safetensors" else torch.save(OURS, path)
-    for junk in (b"", b"\x80", b"no checkpoint", b"PK\3\4" + bytes(99), path.read_bytes()[:-1000]):
-        path.write_bytes(junk)
-        refused(path, "cannot be read as")
-
-
 def test_other_models(tmp_path):
     refused(tmp_path, "no checkpoint at .*neither encoder.safetensors nor last.pt", FileNotFoundError)
     for content in (timm.create_model("resnet10t").state_dict(), {}, {"model": {}}, {"model": "x", 3: 4}):
         refused(saved(tmp_path / "x.pth", content), "no vision transformer in a known format")
-    refused(saved(tmp_path / "x.pth", [1, 2]), "cannot be read as|not a dictionary")
 
 
 @pytest.mark.parametrize("form, remove, match", [
@@ -234,8 +218,7 @@ def test_other_models(tmp_path):
     ("timm", "blocks.1.ls", "lack blocks.1.ls1.gamma, blocks.1.ls2.gamma$"),
     ("timm", "blocks.0", "no blocks.0.mlp.fc1.weight"), ("timm", "pos_embed", "no pos_embed"),
     ("cae_v2", "encoder.blocks.1.attn.v_bias", "lack blocks.1.attn.qkv.bias$"),
-    ("beyond_masking", "encoder.blocks.1.attn.q_bias", "lack blocks.1.attn.qkv.bias$"),
-])
+    ("beyond_masking", "encoder.blocks.1.attn.q_bias", "lack blocks.1.attn.qkv.bias$")])
 def test_a_part_is_missing(tmp_path, form, remove, match):
     rest = {key: value for key, value in SOURCES[form].items() if not key.startswith(remove)}
     refused(saved(tmp_path / "x.pth", rest), match, num_heads=4)
@@ -244,8 +227,7 @@ def test_a_part_is_missing(tmp_path, form, remove, match):
 @pytest.mark.parametrize("form, extra", [
     ("timm", "reg_token"), ("timm", "norm_pre.bias"), ("timm", "blocks.0.attn.q_norm.weight"),
     ("mae", "rel_pos_bias.table"), ("run", "encoder.rope.freqs"), ("mmpretrain", "backbone.pre_norm.bias"),
-    ("mmpretrain", "backbone.layers.0.gamma_1"), ("cae_v2", "encoder.blocks.0.attn.rel_pos_bias"),
-])
+    ("mmpretrain", "backbone.layers.0.gamma_1"), ("cae_v2", "encoder.blocks.0.attn.rel_pos_bias")])
 def test_a_part_that_vit_lacks(tmp_path, form, extra):
     state = SOURCES[form]
     state = state.get("model", state.get("state_dict", state)) | {extra: torch.zeros(48)}
@@ -263,42 +245,22 @@ def test_overrides_that_do_not_fit(tmp_path):
     refused(saved(tmp_path / "x.pth", SOURCES["mae"]), "width of 48: give num_heads=")
 
 
-class Harmful:
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
-
-
-def test_other_objects_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(saved(tmp_path / "x.pth", {"model": OURS, "args": Harmful()}), "posix.mkdir|nt.mkdir")
-    assert not (tmp_path / "harm").exists()
-
-
 # -- for other projects
 
 
 @pytest.mark.parametrize("changes", [
     dict(init_values=0.1), dict(img_size=(16, 64), patch_size=(8, 16)), dict(mlp_ratio=2.0)])
-def test_hugging_face(tmp_path, changes):
+def test_hugging_face(tmp_path, monkeypatch, changes):
     transformers = pytest.importorskip("transformers")
+    path, out = tmp_path / "x.safetensors", tmp_path / "hf"
     vit = randomise(common.ViT(**{**SMALL, **changes}))
-    export(vit, tmp_path / "hf", form="hf")
-    model, info = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False,
-                                                        output_loading_info=True)
+    export(vit, path)
+    monkeypatch.setattr(sys, "argv", ["encoders", "--form=hf", str(path), str(out)])
+    runpy.run_module("eval.encoders", run_name="__main__")
+    model, info = transformers.ViTModel.from_pretrained(out, add_pooling_layer=False, output_loading_info=True)
     assert not any(info.values())
     images = torch.randn(2, 3, *vit.img_size)
     close(model.eval()(images).last_hidden_state, vit(images))
-
-
-def test_conversion_for_hugging_face(tmp_path):
-    """In a process of its own, as people call it."""
-    transformers = pytest.importorskip("transformers")
-    path, flags = saved(tmp_path / "x.pth", SOURCES["cae_v2"]), ("--num_heads=4", "--img-size=48")
-    code, out, err = finish(start("--form=hf", *flags, path, tmp_path / "hf", script=MODULE))
-    assert code == 0 and "from 8 x 8 to 6 x 6" in out, err
-    model = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
-    images = torch.randn(2, 3, 48, 48)
-    close(model(images).last_hidden_state, load_encoder(path, num_heads=4, img_size=48)(images))
 
 
 @pytest.mark.parametrize("form", SOURCES)
@@ -306,10 +268,10 @@ def test_conversion(tmp_path, form):
     """The file has ViT's keys alone and all that builds the encoder; converted again, it stays the same."""
     path, out, again = (tmp_path / name for name in ("x.pt", "e.safetensors", "again.safetensors"))
     torch.save(SOURCES[form], path)
-    assert call(path, out, "--num_heads=4", main=encoders.main) == 0
+    assert call(path, out, "--num_heads=4", "--img-size=48", main=encoders.main) == 0
     with safe_open(out, "pt") as file:
         about = json.loads(file.metadata()["about"])
-    vit, read = load_encoder(path, num_heads=4), common.ViT(**about["config"])
+    vit, read = load_encoder(path, num_heads=4, img_size=48), common.ViT(**about["config"])
     assert about["config"] == vit.config and about["kind"] == "encoder" and "version" in about
     assert about.get("method") == SOURCES[form].get("method")
     read.load_state_dict(load_file(out))

@@ -28,8 +28,7 @@ def build(name, **changes):
     c = CASES[name]["config"]
     size = [c["img_size"], c["patch_size"]]
     if name in BEYOND:
-        size += [c[f"{part}_{word}"] for part in ("encoder", "decoder")
-                 for word in ("embed_dim", "depth", "num_heads")]
+        size += [c[f"{part}_{word}"] for part in ("encoder", "decoder") for word in ("embed_dim", "depth", "num_heads")]
         return beyond_masking.BeyondMasking(TASK[name], *size, **changes)
     size += [c["embed_dim"], c["depth"], c["num_heads"]]
     if name in MFM:
@@ -82,8 +81,7 @@ def test_every_tensor_is_needed(name):
     (TINY, "encoder.blocks.0.attn.relative_position_bias_table"), (TINY, "decoder.blocks.0.norm.weight"),
     (TINY, "regresser.x"), ("A_base_like", "encoder_to_regresser.weight"), ("mfm", "neck.x"),
     (ZOOM, "encoder.blocks.0.gamma_1"), (ZOOM, "decoder.mask_token"), ("distorted", "encoder.norm_pre"),
-    ("mae", "head.weight"), ("mae", "norm_pre.bias"), ("mfm", "backbone.proj_layers.5.bias"),
-])
+    ("mae", "head.weight"), ("mae", "norm_pre.bias"), ("mfm", "backbone.proj_layers.5.bias")])
 def test_every_tensor_is_used(name, extra):
     with pytest.raises(ValueError, match="hold what the model does not compute"):
         load_official(build(name), {**CASES[name]["state_dict"], extra: torch.ones(3)})
@@ -99,13 +97,15 @@ def test_without_layer_scale_cae_v2_takes_one_of_ones():
             load_official(model, {**state, name: 0.5 * torch.ones(24)})
 
 
-def test_the_class_token_of_beyond_masking_goes_where_there_is_one():
+def test_the_class_token_of_beyond_masking_goes_where_there_is_one_and_nothing_into_other_models():
     state = CASES[ZOOM]["state_dict"]
     model = build(ZOOM, class_token=True)
     load_official(model, state)
     assert torch.equal(model.encoder.cls_token, state["encoder.cls_token"])
     with pytest.raises(ValueError, match="lack encoder.cls_token$"):
         load_official(model, CASES["distorted"]["state_dict"])
+    with pytest.raises(ValueError, match="not for Linear"):
+        load_official(torch.nn.Linear(2, 2), {})
 
 
 @pytest.mark.parametrize("name", MFM)
@@ -121,8 +121,3 @@ def test_names_of_mae_and_mfm(name):
         load_official(build(name, fuse=()), {k: t for k, t in state.items() if ".proj_" not in k})
     with pytest.raises(ValueError, match="fusion.logits"):
         load_official(build(name, fuse=() if name == "mfm" else (0, 3)), state)
-
-
-def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="not for Linear"):
-        load_official(torch.nn.Linear(2, 2), {})

@@ -15,11 +15,9 @@ import common
 from eval import protocol
 from eval.encoders import export
 from eval.protocol import (EvalConfig, all_gather, append_result, centre_view, check_classes, check_pool,
-                           fit, frozen_tokens, open_checkpoint, open_run, pool_tokens, random_encoder,
-                           share_loader)
+                           fit, frozen_tokens, open_checkpoint, open_run, pool_tokens, random_encoder, share_loader)
+from test_linear_probe import ONE, tiny
 
-CPU = torch.device("cpu")
-ONE = common.Dist(0, 1, CPU)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,28 +29,23 @@ def config(**changes):
     return Config(**{"checkpoint": "x", "workers": 0, **changes})
 
 
-def tiny(**changes):
-    torch.manual_seed(3)
-    return common.ViT(**{**dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2), **changes})
-
-
 def noise(count, size=32, classes=("a", "b")):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     return common.Images(pixels, torch.arange(count) % len(classes), classes, "noise")
 
 
-@pytest.mark.parametrize("size", [(300, 400), (400, 365), (365, 400), (256, 256), (30, 47), (80, 71)])
+@pytest.mark.parametrize("size", [(300, 400), (400, 365), (365, 400), (256, 256), (30, 47), (80, 71), (224, 224)])
 def test_view_is_resize_256_crop_224(size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     papers = v2.Compose([v2.Resize(256, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
-    assert torch.equal(centre_view(image, (224, 224)), papers(image))
+    assert torch.equal(centre_view(image, (224, 224), whole=False), papers(image))
     assert centre_view(image, (16, 64)).shape == (3, 16, 64)
-    assert centre_view(image, size) is image and centre_view(image, size, whole=False) is not image
+    assert centre_view(image, size) is image
 
 
 def test_tokens_are_those_of_the_encoder_in_eval_mode_and_no_byte_of_it_changes():
-    vit, images = tiny(drop_path_rate=0.5).train(), noise(10)
+    vit, images = tiny(depth=2, drop_path_rate=0.5).train(), noise(10)
     before = {key: value.clone() for key, value in vit.state_dict().items()}
     found = list(frozen_tokens(vit, images, 4, config(), ONE))
     tokens, labels = (torch.cat(parts) for parts in zip(*found))
@@ -74,7 +67,7 @@ def test_tokens_are_those_of_the_encoder_in_eval_mode_and_no_byte_of_it_changes(
 def test_processes_share_the_images_and_all_gather_puts_them_in_order(world, monkeypatch):
     vit, images = tiny(), noise(8)
     [(expected, _)] = frozen_tokens(vit, images, 8, config(), ONE)
-    each = [common.Dist(rank, world, CPU) for rank in range(world)]
+    each = [common.Dist(rank, world, ONE.device) for rank in range(world)]
     shares = [torch.cat([rows for rows, _ in frozen_tokens(vit, images, 2, config(), one)]) for one in each]
     padded = nn.utils.rnn.pad_sequence(shares, batch_first=True)
 
@@ -92,7 +85,7 @@ def test_processes_share_the_images_and_all_gather_puts_them_in_order(world, mon
 
 def test_a_share_is_every_world_th_sample_in_order():
     for rank in range(3):
-        one, numbers = common.Dist(rank, 3, CPU), range(10)
+        one, numbers = common.Dist(rank, 3, ONE.device), range(10)
         assert list(share_loader(numbers, None, config(), one)) == list(numbers[rank::3])
         batches = list(share_loader(numbers, 2, config(workers=1), one, collate=list))
         assert sum(batches, []) == list(numbers[rank::3]) and len(batches) == 2
@@ -143,8 +136,7 @@ def test_the_loop_is_that_of_torchs_optimiser(tmp_path, clip_grad):
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 2))
     same = copy.deepcopy(model)
     optimizer, reference = (torch.optim.AdamW([
-        dict(params=[net[2].weight], lr_scale=0.5), dict(params=[net[2].bias], lr_scale=1.0)])
-        for net in (model, same))
+        dict(params=[net[2].weight], lr_scale=0.5), dict(params=[net[2].bias], lr_scale=1.0)]) for net in (model, same))
     samples, plan = common.Samples(noise(6, size=4), lambda *it: it, 0), common.make_plan(6, 6, 3, 3, 1)
     flags, seen, rates = config(seed=7, log_every=1), [], [0.3, 0.2, 0.1].__getitem__
     run = common.Run("test", flags, tmp_path)

@@ -170,8 +170,9 @@ def test_torchrun_hands_the_signal_on_and_all_processes_stop_together(script, tm
 def test_the_same_command_and_another_one(script, unbroken, tmp_path, capsys):
     out, state = tmp_path / "moved", load(unbroken)
     shutil.copytree(unbroken, out)
-    assert script(out) == 0  # says so, and changes nothing
+    assert script(out) == 0  # changes nothing, and says so; the probe is tested again
     assert_same_run(out, unbroken)
+    assert script.name == "eval.linear_probe" or "--fresh" in capsys.readouterr().out
     assert script(out, "--lr=0.5", "--max_steps=9") == 1
     error = sentence(capsys.readouterr().err)
     assert "--lr was 0.002" in error and str(out) in error and "--fresh" in error
@@ -191,7 +192,9 @@ def test_what_is_written(script, unbroken):
     state, config = load(unbroken), json.loads((unbroken / "config.json").read_text())
     assert config["num_images"] == state["num_images"] and config["world"] == 1
     assert {"method", "lr", "torch", "commit", "command", "total_steps"} <= config.keys()
-    assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait", "eta_s", "epoch"} <= read_log(unbroken)[0].keys()
+    lines = [line for line in read_log(unbroken) if {"loss", "lr", "grad_norm"} <= line.keys()]
+    assert lines[-1]["epoch"] == pytest.approx(STOP / config["steps_per_epoch"], abs=1e-4)
+    assert 0 < max(line["data_wait"] for line in lines) <= 1
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     if "." not in script.name:
         assert (unbroken / "preview.png").read_bytes()[1:4] == b"PNG"
@@ -249,6 +252,8 @@ def test_micro_batches_add_up_to_the_batch(script, tmp_path):
         more = [*WHOLE.get(script.name, []), f"--micro_batch={size}", "--max_steps=4"]
         assert script(tmp_path / str(size), *more) == 0
     assert_equal_to_rounding(tmp_path / "8", tmp_path / "2")
+    line, left = read_log(tmp_path / "2")[0], load(tmp_path / "2")["total_steps"] - 1
+    assert line["eta_s"] == pytest.approx(8 * left / line["images_per_s"], rel=0.02, abs=1)
 
 
 @each(quick=("cae_v2", "eval.finetune"))
@@ -262,3 +267,4 @@ def test_two_processes_are_one_with_twice_the_micro_batches(script, tmp_path):
     assert out.count("2 processes x 2 micro batches x 2 images") == 1  # the main process alone talks
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
     assert not any(name.startswith("module.") for name in load(tmp_path / "two")["model"])
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["world"] == 2
