@@ -249,7 +249,8 @@ def load_teacher(spec, img_size):
     if published.get("hf_hub"):
         page, file = published["hf_hub"].rsplit("/", 1)
         files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-        cached = [path for path in (try_to_load_from_cache(page, file) for file in files) if path]
+        cached = [path for path in (try_to_load_from_cache(page, file) for file in files)
+                  if isinstance(path, str)]  # not None, nor the mark of a file that the hub lacks
         if cached:  # as a file it needs no network at all
             source = cached[0]
         else:  # said before the hub's own retries, which may take a minute

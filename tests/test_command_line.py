@@ -15,7 +15,7 @@ import beyond_masking
 import cae_v2
 import common
 import mfm_mae
-from helpers import QUICK, TINY, call, differences, finish, load, read_log, sentence, start, teacher_file
+from helpers import QUICK, TINY, call, differences, finish, load, sentence, start, teacher_file
 
 FLAGS = dict(cae_v2=TINY, mfm_mae=[*QUICK, "--img_size=32", "--patch_size=8", "--lr=0.3"],
              beyond_masking=[*QUICK, "--img_size=28", "--patch_size=7"])
@@ -84,8 +84,8 @@ def test_the_cheap_checks_come_first_and_a_file_of_others_is_kept(fails, tmp_pat
 @pytest.mark.parametrize("error, words", [
     (ValueError("the flag is wrong"), "error: the flag is wrong"), (MemoryError(), "--micro_batch"),
     (OSError(28, "No space left on device", "runs/last.pt"), "No space left on device: runs/last.pt"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--micro_batch"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--micro_batch"), (KeyError("x"), None)])
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--micro_batch"), (KeyError("x"), None),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--micro_batch")])
 def test_what_a_user_can_mend_is_one_sentence(capsys, monkeypatch, error, words):
     """A mistake of ours keeps its traceback. Of several processes, one that fails ends at once."""
     with pytest.raises(SystemExit if words else KeyError) as stop:
@@ -137,7 +137,6 @@ def test_the_dry_run_needs_nothing_and_counts_right(tmp_path, monkeypatch, capsy
 def trained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
     assert call(*FLAGS["mfm_mae"], "--data", data, "--out", out, main=mfm_mae.main) == 0
-    assert read_log(out)[-1]["eta_s"] == 0
     return out
 
 

@@ -207,7 +207,7 @@ def pretrain(trace):
         more = f"{name} --supervise {name} --mask {mask} --teacher demo"
         trace.run(cae, flags.format(40, 8, "--mask_ratio 0.4", more), N=25, V=15, M=10, D=128, R=96, C=64, P=8, d=24)
     for task in MODULES["beyond_masking"].TASKS:
-        ratio, size = ("--mask_ratio 0.6", dict(V=19, M=30)) if "mask" in task else ("", dict(V=49))
+        hide, size = ("--mask_ratio 0.6", dict(V=19, M=30)) if "mask" in task else ("", dict(V=49))
         R = dict(zoom_in=36, zoom_out=20).get(task.removeprefix("mask+"), 28)
         trace.run(beyond, flags.format(28, 4, hide, f"{task} --task {task}"), N=49, D=128, E=64, P=4, S=28, R=R, **size)
     # As other projects call the encoder.
