@@ -253,7 +253,7 @@ def load_teacher(spec, img_size):
                   if isinstance(path, str)]  # not None, nor the mark of a file that the hub lacks
         if cached:  # as a file it needs no network at all
             source = cached[0]
-        else:  # said before the hub's own retries, which may take a minute
+        elif os.environ.get("RANK", "0") == "0":  # before the hub's retries, which may take a minute
             print(f"fetching the teacher's weights from {constants.ENDPOINT}/{page}; without a "
                   f"network download {files[0]} there and give --teacher {name}:FILE", flush=True)
     preprocess = {key: published[key] for key in ("mean", "std") if key in published}

@@ -53,22 +53,20 @@ def fails(tmp_path, data, capfd, monkeypatch):
     return run
 
 
-ROWS = {
+@pytest.mark.parametrize("script, rows", {
     "cae_v2": "--learning_rate 1; --batch 64; --dry; stray; --lr fast; --lr; --epochs 1.5; --demo=y; --embed_dim 9; "
               "--model vit_x; --lr 0; --lr nan; --epochs -5; --min_lr -1; --workers -2; --seed 99999999999999999999; "
               "--drop_path 1; --crop_min 2; --mask_ratio 0.99; --supervise masked --mask_ratio 0; --img_size 30; "
               "--warmup_epochs 4; --batch_size 25; --micro_batch 3; --device cuda",
     "mfm_mae": "fused --fuse 0,1; fused --fuse 0,4; --fuse all; --fuse 0,,2; --mask_ratio 1; --mask_ratio 0",
     "beyond_masking": "--task rotate; img_size --img_size 32 --patch_size 4; --mask_ratio 0.5 --task blur",
-}
-
-
-@pytest.mark.parametrize("script, row", [(script, row) for script in ROWS for row in ROWS[script].split("; ")])
-def test_flags_that_cannot_be(fails, monkeypatch, script, row):
-    """The sentence names the first word."""
+}.items())
+def test_flags_that_cannot_be(fails, monkeypatch, script, rows):
+    """The sentence names the first word of a row."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    name, words = re.split("[= ]", row)[0], row.split()
-    assert name in fails(*words[name in ("fused", "img_size"):], script=script)
+    for row in rows.split("; "):
+        name, words = re.split("[= ]", row)[0], row.split()
+        assert name in fails(*words[name in ("fused", "img_size"):], script=script), row
 
 
 def test_the_cheap_checks_come_first_and_a_file_of_others_is_kept(fails, tmp_path):
@@ -133,23 +131,17 @@ def test_the_dry_run_needs_nothing_and_counts_right(tmp_path, monkeypatch, capsy
                      for card, peak in dict(A100=312e12, H100=989e12, H200=989e12).items()}
 
 
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert call(*FLAGS["mfm_mae"], "--data", data, "--out", out, main=mfm_mae.main) == 0
-    return out
-
-
-def test_previews_of_untrained_given_and_trained_weights(tmp_path, data, trained, capsys):
-    pictures, path, no = [(trained / "preview.png").read_bytes()], tmp_path / "p.png", tmp_path / "no"
+def test_previews_and_what_init_takes(tmp_path, data, capsys, monkeypatch):
+    """Pictures of trained, given and untrained weights; our own files, a folder, `~`, and nothing else."""
+    trained, path, no = tmp_path / "run", tmp_path / "p.png", tmp_path / "no"
+    assert call(*FLAGS["mfm_mae"], "--data", data, "--out", trained, main=mfm_mae.main) == 0
+    pictures = [(trained / "preview.png").read_bytes()]
     for source, *more in (("last.pt", trained), (str(trained), no, "--init", trained), ("untrained", no)):
         argv = [*FLAGS["mfm_mae"], "--data", data, "--preview", path, "--out", *more]
         assert call(*argv, main=mfm_mae.main) == 0 and source in capsys.readouterr().out.splitlines()[-1]
         pictures.append(path.read_bytes())
     assert pictures[0] == pictures[1] == pictures[2] != pictures[3] and not no.exists()
 
-
-def test_init_takes_our_own_files_and_nothing_else(tmp_path, trained, monkeypatch):
     def start_from(path, size=32):
         config = parse(mfm_mae, *FLAGS["mfm_mae"], f"--img_size={size}")
         model, fresh = mfm_mae.build(config), mfm_mae.build(config).state_dict()

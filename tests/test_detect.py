@@ -497,6 +497,8 @@ def test_flags_reach_the_training(scenes, encoder, tmp_path, monkeypatch):
     assert clip_grad == 0.7 and [rate(step) for step in (0, 1)] == pytest.approx([0, 1e-3])
     assert {group["lr_scale"] for group in optimizer.param_groups} == {0.75**power for power in range(4)}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0, 0.1}
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {p for p in model.parameters() if p.requires_grad}
     assert [block.drop_path.p for block in model.encoder.blocks] == pytest.approx([0, 0.2])
     torch.manual_seed(5)
     assert torch.equal(common.ViT(**model.encoder.config).cls_token, model.encoder.cls_token.detach())

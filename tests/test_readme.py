@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|\n").split("|")]
                                            for line in README.splitlines() if line.startswith("|"))}
 METHODS = {"MFM": "mfm_mae", "Beyond Masking": "beyond_masking", "CAE v2": "cae_v2"}
-HEADS = dict(vit_ti=3, vit_s=6, vit_b=12, vit_l=16, vit_h=16)  # timm's
+MODELS = dict(vit_ti=3, vit_s=6, vit_b=12, vit_l=16, vit_h=16)  # with timm's heads
 EVALS = ["detect", "features", "finetune", "frequency", "knn", "linear_probe", "robustness", "segment"]
 
 
@@ -40,7 +40,7 @@ def test_flags_files_and_commands_exist():
         config_of(*command)
 
 
-@pytest.mark.parametrize("title, size", [(title, size) for title in METHODS for size in HEADS
+@pytest.mark.parametrize("title, size", [(title, size) for title in METHODS for size in MODELS
                                          if size != "vit_h" or title == "MFM"])
 def test_sizes_and_costs_are_those_of_the_code(title, size, capsys):
     cells = {name.removeprefix(f"{title}: "): row[TABLE[""].index(size)] for name, row in TABLE.items()
@@ -52,9 +52,9 @@ def test_sizes_and_costs_are_those_of_the_code(title, size, capsys):
     module.main(["--model", size, "--dry_run"])
     cost = re.search(r"cost +([\d.]+) GFLOP", capsys.readouterr().out)[1]
     assert [cell for name, cell in cells.items() if name.startswith("GFLOP")] == [cost]
-    assert s["num_heads"] == (12 if title == "CAE v2" and size in ("vit_ti", "vit_s") else HEADS[size])
-    hidden = str(config_of(METHODS[title], f"--model {size}").num_masked)
-    assert title != "CAE v2" or cells["hidden patches of 196"] == hidden
+    assert s["num_heads"] == (12 if title == "CAE v2" and size in ("vit_ti", "vit_s") else MODELS[size])
+    hidden = config_of(METHODS[title], f"--model {size}").num_masked
+    assert title != "CAE v2" or cells["hidden patches of 196"] == str(hidden)
 
 
 def test_the_snippet_runs_and_wrong_lines_are_counted(tmp_path):
