@@ -242,6 +242,8 @@ def load_teacher(spec, img_size):
     from huggingface_hub import constants, try_to_load_from_cache
     name, source, config = teacher_config(spec)
     published = open_clip.get_pretrained_cfg(name, source) or {}
+    if any(side % config["vision_cfg"]["patch_size"] for side in common.pair(img_size)):
+        raise ValueError(f"the patches of the teacher {name} do not tile {img_size} pixels")
     # With another activation everything would run, and the features would be wrong.
     if published and bool(published.get("quick_gelu")) != bool(config.get("quick_gelu")):
         raise ValueError(f"the weights {source} need another activation than {name} has: write "
@@ -253,7 +255,7 @@ def load_teacher(spec, img_size):
                   if isinstance(path, str)]  # not None, nor the mark of a file that the hub lacks
         if cached:  # as a file it needs no network at all
             source = cached[0]
-        elif os.environ.get("RANK", "0") == "0":  # before the hub's retries, which may take a minute
+        elif os.environ.get("RANK", "0") == "0":  # the hub's own retries may take a minute
             print(f"fetching the teacher's weights from {constants.ENDPOINT}/{page}; without a "
                   f"network download {files[0]} there and give --teacher {name}:FILE", flush=True)
     preprocess = {key: published[key] for key in ("mean", "std") if key in published}

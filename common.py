@@ -696,7 +696,7 @@ class Run:
             self.folder = Path(f"{out}-{number}")
         self.checkpoint = self.folder / "last.pt"
         self.state = read_checkpoint(self.checkpoint) if self.checkpoint.exists() else {}
-        if self.state and self.state.get("method") != method:
+        if self.checkpoint.exists() and self.state.get("method") != method:
             raise ValueError(f"{self.checkpoint} is not from {method}: give another --out")
         before = self.state.get("config", {})
         for name, now in vars(config).items():

@@ -443,8 +443,8 @@ def main(argv=None):
             if run.stop == config.steps:
                 return report(model, config, run.folder, path, dist, started, step=run.stop, **facts)
         if dist.is_main:
-            print(f"the run in {run.folder}/ is at its last step (--fresh starts anew); to test it: "
-                  f"--eval_only --checkpoint {run.folder}/last.pt --data {config.data}")
+            print(f"the run in {run.folder}/ stands where this command ends (--fresh starts anew); to test "
+                  f"it: --eval_only --checkpoint {run.folder}/last.pt --data {config.data}")
 
 
 if __name__ == "__main__":
