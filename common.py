@@ -662,7 +662,8 @@ def load_init(model, path):
             raise ValueError(f"--init {path} does not fit this model: {name} is "
                              f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here")
     part.load_state_dict(state)
-    print(f"weights  {path}{'' if part is model else ', the encoder alone'}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"weights  {path}{'' if part is model else ', the encoder alone'}")
 
 
 def commit():
