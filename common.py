@@ -308,7 +308,6 @@ def seed_for(*key):
 
 
 # ---- 4  data -------------------------------------------------------------------------------------
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 
@@ -362,12 +361,12 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
             f"no data folder at {root}: give one with --data FOLDER (any folder of images, or "
             "ImageNet's train/ and val/), set the variable IMAGENET, or try the built-in --demo")
     names = ("val", "validation", "test") if split == "val" else ("train",)
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None and split != "pretrain":
+    folder = next((root / name for name in names if (root / name).is_dir()), root)
+    if folder == root and split != "pretrain":
         raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class")
-    files = list_images(folder or root)
-    read_image(files[0])
-    return Images(files, name=str(folder or root))
+    images = Images(list_images(folder), name=str(folder))
+    read_image(images.path(0))
+    return images
 
 
 def list_images(folder):
@@ -648,9 +647,9 @@ def load_init(model, path):
     Raises FileNotFoundError or ValueError for any other file."""
     path = Path(path).expanduser()
     inside = [path / name for name in ("last.pt", "encoder.safetensors") if (path / name).exists()]
-    path = inside[0] if inside else path
-    state, part = read_checkpoint(path), model.encoder if path.suffix == ".safetensors" else model
-    state, own = state["model"] if state.get("kind") == "pretraining" else state, part.state_dict()
+    path = [*inside, path][0]
+    part, state = model.encoder if path.suffix == ".safetensors" else model, read_checkpoint(path)
+    own, state = part.state_dict(), state["model"] if state.get("kind") == "pretraining" else state
     if state.keys() != own.keys():
         raise ValueError(f"--init {path} is neither a last.pt of this method nor an encoder."
                          f"safetensors: `python -m eval.encoders {path} NEW.safetensors` makes one "
@@ -676,7 +675,6 @@ def commit():
 
 
 # ---- 8  run --------------------------------------------------------------------------------------
-
 # What may differ when the same command starts again; any other changed field stops.
 MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "max_steps",
               "out", "demo", "fresh", "preview", "dry_run"}
@@ -994,7 +992,7 @@ def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=
             else dict(type=kind, metavar=kind.__name__.upper())
         parser.add_argument(*names, dest=field.name, help=text, **options)
     typed = vars(parser.parse_args(argv))
-    values = {**(demo if demo and "demo" in typed else {}), **typed}
+    values = typed if "demo" not in typed else {**demo, **typed}
     for name, (other, defaults) in (depends or {}).items():
         chosen = values.get(other, getattr(Config, other))
         if chosen in defaults:
