@@ -233,63 +233,57 @@ def clip_targets(visual, images):
 
 def load_teacher(spec, img_size):
     """The image tower of an open_clip model, frozen, in eval mode, for images of `img_size` pixels.
-
     `spec` is NAME:TAG (published weights, from the cache or the network), NAME:FILE (open_clip's
     .safetensors, .bin or .pt), or `demo`. The position table is resized [D7].
-    Raises ValueError or FileNotFoundError that says what to do.
-    """
+    Raises ValueError or FileNotFoundError that says what to do."""
     import open_clip  # here, not above: no other method needs it
     from huggingface_hub import constants, try_to_load_from_cache
     name, source, config = teacher_config(spec)
-    published = open_clip.get_pretrained_cfg(name, source) or {}
     if any(side % config["vision_cfg"]["patch_size"] for side in common.pair(img_size)):
         raise ValueError(f"the patches of the teacher {name} do not tile {img_size} pixels")
+    published = open_clip.get_pretrained_cfg(name, source) or {}
     # With another activation everything would run, and the features would be wrong.
     if published and bool(published.get("quick_gelu")) != bool(config.get("quick_gelu")):
         raise ValueError(f"the weights {source} need another activation than {name} has: write "
                          "-quickgelu behind the name, or leave it out")
-    if published.get("hf_hub"):
-        page, file = published["hf_hub"].rsplit("/", 1)
-        files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-        cached = [path for path in (try_to_load_from_cache(page, file) for file in files)
-                  if isinstance(path, str)]  # not None, nor the mark of a file that the hub lacks
-        if cached:  # as a file it needs no network at all
-            source = cached[0]
-        elif os.environ.get("RANK", "0") == "0":  # the hub's own retries may take a minute
-            print(f"fetching the teacher's weights from {constants.ENDPOINT}/{page}; without a "
-                  f"network download {files[0]} there and give --teacher {name}:FILE", flush=True)
-    preprocess = {key: published[key] for key in ("mean", "std") if key in published}
+    page, _, file = published.get("hf_hub", "").rpartition("/")
+    files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    # A path, None, or the mark of a file that the hub lacks; a file needs no network at all.
+    cached = [try_to_load_from_cache(page, file) for file in files] if page else []
+    cached = [path for path in cached if isinstance(path, str)]
+    if page and not cached and os.environ.get("RANK", "0") == "0":  # its retries may take a minute
+        print(f"fetching the teacher's weights from {constants.ENDPOINT}/{page}; without a network "
+              f"download {files[0]} there and give --teacher {name}:FILE", flush=True)
+    source = [*cached, os.path.expanduser(source)][0]
     logging.disable()  # open_clip's own lines; what went wrong is said below
     try:
-        visual = open_clip.create_model(
-            name, os.path.expanduser(source), require_pretrained=True,
-            force_image_size=common.pair(img_size), force_preprocess_cfg=preprocess).visual
+        return open_clip.create_model(
+            name, source, require_pretrained=True, force_image_size=common.pair(img_size),
+            force_preprocess_cfg={key: value for key, value in published.items()
+                                  if key in ("mean", "std")}).visual.eval().requires_grad_(False)
     except Exception as error:  # open_clip, torch, the hub and safetensors have a dozen types
         why = " ".join(str(error).split())[:200]
         if "TorchScript" in why:
-            why = ("it is OpenAI's archive, convert it once: python -c \"import torch; "
-                   "s = torch.jit.load('ViT-B-16.pt', 'cpu').state_dict(); [s.pop(k) for k in "
-                   "('input_resolution', 'context_length', 'vocab_size')]; "
-                   "torch.save(s, 'vit.pt')\"")
+            why = ("OpenAI's archive, convert it once: python -c \"import torch; s = torch.jit."
+                   "load('ViT-B-16.pt', 'cpu').state_dict(); [s.pop(k) for k in ('context_length',"
+                   " 'input_resolution', 'vocab_size')]; torch.save(s, 'vit.pt')\"")
         raise ValueError(f"--teacher {spec}: no weights of {name} from {source}: {why}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return visual.eval().requires_grad_(False)
 
 
 def teacher_config(spec):
-    """open_clip's name, the tag or file, and the model's configuration of a `--teacher` value.
-    Raises ValueError for a name that open_clip does not have or a tower that does not fit."""
+    """open_clip's name, the tag or file, and the model's configuration of a `--teacher` value."""
     import open_clip
-    demo = Path(__file__).parent / "demo"
-    spec = f"tiny_clip:{demo / 'tiny_clip.safetensors'}" if spec == "demo" else spec
+    demo = Path(__file__).parent / "demo" / "tiny_clip.json"
+    if demo.exists():
+        open_clip.add_model_config(demo)
+    elif spec == "demo":
+        raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy it "
+                                "along, or name a CLIP model")
+    spec = f"tiny_clip:{demo.with_suffix('.safetensors')}" if spec == "demo" else spec
     name, _, source = spec.partition(":")
-    if name == "tiny_clip":
-        if not (demo / "tiny_clip.json").exists():
-            raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy "
-                                    "it along, or name a CLIP model")
-        open_clip.add_model_config(demo / "tiny_clip.json")
-    # A model on the hub brings its own code and layers: whether its tower fits cannot be known.
+    # A model on the hub brings layers of its own: whether its tower fits cannot be known.
     config = open_clip.get_model_config(name) if name != "hf-hub" else None
     if not source or config is None:
         raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, such as ViT-B-16-"
