@@ -253,10 +253,8 @@ def sincos_2d(dim, grid, first="column"):
     w_k = 10000^(-k / (dim/4)), k = 0 .. dim/4-1, one half of the width is [sin(c w), cos(c w)] of
     one integer coordinate, the other half that of the other one. Both orders are in use, `first=
     "column"` and `first="row"`; an encoder needs the one it was trained with."""
-    if dim % 4:
-        raise ValueError(f"a 2-D sin-cos table needs a width that is a multiple of 4, not {dim}")
-    if first not in ("column", "row"):
-        raise ValueError(f"first is 'column' or 'row', not {first!r}")
+    if dim % 4 or first not in ("column", "row"):
+        raise ValueError(f"dim is a multiple of 4, not {dim}; first column or row, not {first!r}")
     omega = 10000.0 ** (-torch.arange(dim // 4, device="cpu") / (dim / 4))  # (dim/4,)
     row, column = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in pair(grid))).T
     places = (column, row) if first == "column" else (row, column)
@@ -326,7 +324,6 @@ class Images(torch.utils.data.Dataset):
         return len(self.files if self.pixels is None else self.pixels)
 
     def path(self, index):
-        """The file of an image, as a string."""
         return os.fsdecode(self.files[index])
 
     def __getitem__(self, index):
@@ -413,8 +410,7 @@ class Samples(torch.utils.data.Dataset):
     The transform draws from torch's default generator, seeded per (seed, epoch, index): a sample is
     the same in whatever worker, rank or order it is made. (With no workers that is the training
     process's own generator: what is drawn in a loop must be seeded there, too.) A file that cannot
-    be read must not end a long run: the next one takes its place.
-    """
+    be read must not end a long run: the next one takes its place."""
 
     def __init__(self, images, transform, seed):
         self.images, self.transform, self.seed = images, transform, seed
@@ -438,8 +434,7 @@ def micro_batch_keys(num_images, plan, dist, seed, start, stop):
 
     A step's global batch is a slice of the epoch's permutation; its rows are dealt out micro batch
     by micro batch, so 1 rank x 8 micro batches, 2 x 4 and 8 x 1 see the same images. The incomplete
-    last batch of an epoch is dropped. One iterator runs through all epochs, so that workers need
-    not be started again.
+    last batch of an epoch is dropped. Workers start once for all epochs.
     """
     permuted = None
     for step in range(start, stop):
@@ -508,7 +503,6 @@ def autocast(device, precision):
 
 # ==================================================================================================
 # From here on plumbing, which is part of no method: how runs start, stop, save and are logged.
-# ==================================================================================================
 # ---- 6  processes --------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Dist:
@@ -591,8 +585,7 @@ def compile_blocks(config, device, *models):
     they are, with no more than a warning."""
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         blocks = [part for model in models for part in model.modules() if hasattr(part, "mlp")]
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+        torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)
         for block in blocks:
             block.compile()
 
@@ -684,8 +677,7 @@ class Run:
     """The folder of a run, and what every training loop needs: its steps, its batches, its log.
 
     Files: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png. `state` is the content
-    of last.pt, {} in a new folder. Nothing is written before `begin`.
-    """
+    of last.pt, {} in a new folder. Nothing is written before `begin`."""
 
     def __init__(self, method, config, out, kind="pretraining"):
         self.method, self.config, self.kind = method, config, kind
@@ -882,8 +874,8 @@ def colour_map(values):
     """(H, W) values in 0..1 to (3, H, W): dark violet, teal, green, yellow, rising in lightness."""
     anchors = torch.tensor([[0.19, 0.07, 0.33], [0.13, 0.45, 0.56], [0.37, 0.76, 0.38],
                             [0.99, 0.91, 0.14]], device=values.device)
-    place = values.clamp(0, 1) * (len(anchors) - 1)
-    low = place.long().clamp(max=len(anchors) - 2)
+    place = values.clamp(0, 1) * 3
+    low = place.long().clamp(max=2)
     share = (place - low)[..., None]
     return rearrange(anchors[low] * (1 - share) + anchors[low + 1] * share, "h w c -> c h w")
 
@@ -909,8 +901,8 @@ class MachineConfig:
             value, positive = getattr(self, field.name), field.metadata["positive"]
             if isinstance(value, (int, float)) and value != field.default \
                     and not (0 <= value < 2**63 and (value or not positive)):
-                least = "above 0" if positive else "at least 0"
-                raise ValueError(f"--{field.name} {value:g} must be {least}, and finite")
+                raise ValueError(f"--{field.name} {value:g} must be finite and at least 0"
+                                 f"{', and not 0' * positive}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1002,8 +994,6 @@ def parse_config(Config, description, sizes=None, demo=None, argv=None, depends=
 
 def describe(facts, config, model, plan, dist, data, folder):
     """Prints the resolved recipe, its numbers as equations; `facts` are lines {label: text}."""
-    if not dist.is_main:
-        return
     total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
     lines = dict(
         facts, model=f"{facts['model']}: {total:,} parameters, {encoder:,} of them in the encoder",
@@ -1014,7 +1004,8 @@ def describe(facts, config, model, plan, dist, data, folder):
         device=f"{dist.device}, {'bf16' if uses_bf16(dist.device, config.precision) else 'fp32'}",
         files=f"{folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, pictures",
         recipe=json.dumps(vars(config)))
-    print("\n".join(f"{label:8} {text}" for label, text in lines.items()), flush=True)
+    if dist.is_main:
+        print("\n".join(f"{label:8} {text}" for label, text in lines.items()), flush=True)
 
 
 def count_flops(run):
@@ -1059,9 +1050,9 @@ def main(method, config, example, train):
         return dry_run(config, out, *example(config))
     run = Run(method, config, out)
     made = f"{run.folder}/ holds preview.png, log.jsonl, encoder.safetensors, last.pt"
+    weights = run.checkpoint if run.state else config.init or "untrained weights"
     if run.finished and not config.preview:
         return print(f"finished at step {run.start}: {made}; --fresh starts anew")
-    weights = run.checkpoint if run.state else config.init or "untrained weights"
     with distributed(config.device) as dist:
         train(config, run, dist)
         if dist.is_main:
@@ -1081,8 +1072,8 @@ def run_main(main):
     except (RuntimeError, MemoryError) as error:
         if not re.search("MemoryError|out of memory|allocate memory|enough memory", repr(error)):
             raise
-        message = ("out of memory: run the same command with half the --micro_batch; the global "
-                   "batch stays the same, and the run goes on from its last checkpoint")
+        message = ("out of memory: the same command with half the --micro_batch goes on from the "
+                   "last checkpoint, with the same global batch")
     time.sleep(3 * (rank > 0))
     print(f"error: {message}" + (f" [process {rank}]" if rank else ""), file=sys.stderr, flush=True)
     # Of several processes one that fails must end at once: to clean up is to wait for the others.
