@@ -343,7 +343,7 @@ def train(config, run, dist, vit, digest):
     for step, lr, grad_norm in fit(
             config, run, dist, plan, model, optimizer, compute_loss, lambda step: common.learning_rate(
                 step, config.lr, warmup_steps, plan.total_steps, config.min_lr)):
-        if ema:
+        if ema and not run.failures:  # a step that was skipped changes nothing
             ema.update_parameters(model)
         if run.log(step, lr, grad_norm) and dist.is_main:
             run.save(model, optimizer, step, vit, classes=list(val.classes), encoder=vit.config,
