@@ -121,9 +121,8 @@ class Config(common.RunConfig):
         super().__post_init__()
         least = 1 if self.supervise == "masked" else 0
         if not least <= self.num_masked < self.num_patches:
-            raise ValueError(f"--mask_ratio {self.mask_ratio:g} hides {self.num_masked} of "
-                             f"{self.num_patches} patches: some must be visible, and for "
-                             "--supervise masked some hidden")
+            raise ValueError(f"--mask_ratio {self.mask_ratio:g} must leave a patch visible, and "
+                             "hide one for --supervise masked")
         if self.crop_min > 1 or self.drop_path >= 1:
             raise ValueError("--crop_min is at most 1 and --drop_path below 1")
 
@@ -146,17 +145,15 @@ def block_mask(grid, num_masked, rng):
     """One mask of rectangles with exactly `num_masked` hidden cells, as rows of 0 and 1. Δ
 
     BEiT's rule as the authors run it [code]: rectangles of random area and aspect are tried until
-    the count is met; one that hides nothing new, or more than is left, is thrown away. Blocks hide
-    whole objects, where scattered patches leave a neighbour to copy from. `rng` is a
+    the count is met; one that hides nothing new, or more than is left, is thrown away. `rng` is a
     `random.Random`, so that each draw can be compared with theirs.
     """
     rows, columns = common.pair(grid)
     if not 0 <= num_masked < rows * columns or (num_masked and min(rows, columns) < 2):
-        raise ValueError(f"{num_masked} hidden patches in blocks do not fit {rows} x {columns}: "
-                         "one patch must stay visible, and blocks need at least 2 x 2")
+        raise ValueError(f"{num_masked} patches in blocks of 2 x 2 and more do not fit into "
+                         f"{rows} x {columns} with one visible")
     mask, left, tries = [[0] * columns for _ in range(rows)], num_masked, 0
     while left:
-        # The area is drawn evenly, the aspect on a logarithmic scale: 1 : 3 as often as 3 : 1.
         # At least 16 cells are aimed at [code]; with fewer left, `uniform` runs from 16 down.
         area, tries = rng.uniform(16 if tries < 1000 else 1, left), tries + 1  # [D6]
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -210,8 +207,7 @@ def inputs(batch, teacher, device):
     """Turns a batch of `Augment` into (student images, teacher images, mask): images (B, 3, S, S)
     on the device, each with its own mean and std, the mask (B, N) on the CPU."""
     *crops, mask = batch
-    crops = [crop.to(device, non_blocking=True) for crop in crops]
-    cfg = teacher.preprocess_cfg
+    crops, cfg = [crop.to(device, non_blocking=True) for crop in crops], teacher.preprocess_cfg
     return common.normalise(crops[0]), common.normalise(crops[-1], cfg["mean"], cfg["std"]), mask
 
 
@@ -249,7 +245,7 @@ def load_teacher(spec, img_size):
     page, _, file = published.get("hf_hub", "").rpartition("/")
     files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     # A path, None, or the mark of a file that the hub lacks; a file needs no network at all.
-    cached = [try_to_load_from_cache(page, file) for file in files] if page else []
+    cached = [try_to_load_from_cache(page, file) for file in files if page]
     cached = [path for path in cached if isinstance(path, str)]
     if page and not cached and os.environ.get("RANK", "0") == "0":  # its retries may take a minute
         print(f"fetching the teacher's weights from {constants.ENDPOINT}/{page}; without a network "
@@ -257,10 +253,10 @@ def load_teacher(spec, img_size):
     source = [*cached, os.path.expanduser(source)][0]
     logging.disable()  # open_clip's own lines; what went wrong is said below
     try:
-        return open_clip.create_model(
-            name, source, require_pretrained=True, force_image_size=common.pair(img_size),
-            force_preprocess_cfg={key: value for key, value in published.items()
-                                  if key in ("mean", "std")}).visual.eval().requires_grad_(False)
+        visual = open_clip.create_model(name, source, require_pretrained=True,
+                                        force_image_size=common.pair(img_size)).visual
+        visual.preprocess_cfg |= {key: published[key] for key in ("mean", "std") if published}
+        return visual.eval().requires_grad_(False)
     except Exception as error:  # open_clip, torch, the hub and safetensors have a dozen types
         why = " ".join(str(error).split())[:200]
         if "TorchScript" in why:
@@ -279,16 +275,14 @@ def teacher_config(spec):
     if demo.exists():
         open_clip.add_model_config(demo)
     elif spec == "demo":
-        raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy it "
-                                "along, or name a CLIP model")
+        raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy it")
     spec = f"tiny_clip:{demo.with_suffix('.safetensors')}" if spec == "demo" else spec
     name, _, source = spec.partition(":")
     # A model on the hub brings layers of its own: whether its tower fits cannot be known.
     config = open_clip.get_model_config(name) if name != "hf-hub" else None
     if not source or config is None:
-        raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, such as ViT-B-16-"
-                         "quickgelu:openai, with a NAME of open_clip.list_models(), not of hf-hub, "
-                         "or `demo`")
+        raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, NAME of open_clip."
+                         "list_models(), not hf-hub, such as ViT-B-16-quickgelu:openai, or `demo`")
     vision = config["vision_cfg"]
     # CLIPA and CoCa pool before their last norm, so that their patch tokens never pass it; towers
     # of timm (SigLIP, BiomedCLIP, ...) and ResNets have other layers.
@@ -306,7 +300,8 @@ def teacher_size(spec, grid):
 # --------------------------------------------------------------------------------------------------
 # Model
 class CrossAttention(nn.Module):
-    """Multi-head attention with its own input for each of q, k, v. There is no key bias [code]."""
+    """Multi-head attention with its own input for each of q, k, v. There is no key bias [code]: it
+    would add the same number to all logits of a query."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -326,11 +321,9 @@ class CrossAttention(nn.Module):
 class RegressorBlock(nn.Module):
     """Mask queries look at the visible tokens and at themselves. Δ
 
-    Only the queries are changed: the encoder's tokens pass through all blocks as they are, so that
-    the encoder alone has to understand the image and the regressor to guess the rest. Queries and
-    keys carry positions, which say who asks and who is near; values do not, since they are what is
-    handed over. Each of the three has its own LayerNorm. The output of `norm_2` is the new residual
-    stream, not only the MLP's input [code].
+    Only the queries are changed: the encoder's tokens pass all blocks as they are, so that the
+    encoder has to understand the image and the regressor only to guess the rest. Queries and keys
+    carry positions, values do not; each of the three has its own LayerNorm [code].
     """
 
     def __init__(self, dim, num_heads, init_values, drop_path):
@@ -351,7 +344,7 @@ class RegressorBlock(nn.Module):
         positions = torch.cat([z_positions, m_positions], dim=1)  # (B, N, R)
         a = self.attn(self.norm_q(m + m_positions), self.norm_k(context + positions),
                       self.norm_v(context))  # (B, M, R)
-        # Not pre-norm as elsewhere: what `norm_2` gives goes on, also past the MLP [code].
+        # Not pre-norm as elsewhere: what `norm_2` gives is the new residual stream [code].
         u = self.norm_2(m + self.drop_path(self.ls1(a)))
         return u + self.drop_path(self.ls2(self.mlp(u)))
 
@@ -402,8 +395,9 @@ class CAEv2(nn.Module):
         # encoder, through no other network than the head. Δ
         if supervise != "masked":
             tokens.update(cls=z[:, :1], visible=z[:, 1:])
-        # A hidden patch starts as the same token everywhere, known by its position alone, and
-        # reads what the encoder made of the visible ones. Without the class token [code].
+        # A hidden patch starts as the same token everywhere, known by its position alone, and in
+        # each block of the regressor it reads what the encoder made of the visible ones, and what
+        # the other hidden ones have become. Without the class token [code].
         if supervise != "visible" and ids_masked.shape[1]:
             positions = self.positions.expand(len(z), -1, -1)  # (B, N, R)
             z_positions = common.gather(positions, ids_keep)  # (B, V, R)
@@ -424,10 +418,9 @@ class CAEv2(nn.Module):
         ids_keep, ids_masked = common.mask_to_ids(mask, images.device)  # (B, V), (B, M)
         if supervise == "masked" and ids_masked.shape[1] == 0:
             raise ValueError("supervise='masked' needs hidden patches, but the mask hides none")
-        expected = (len(images), 1 + mask.shape[1], self.head.out_features)
-        if tuple(targets.shape) != expected:
-            raise ValueError(f"targets of shape {tuple(targets.shape)} were given, expected is "
-                             f"{expected}: class token and patches, of the teacher's width")
+        wanted = (len(images), 1 + mask.shape[1], self.head.out_features)
+        if targets.shape != wanted:
+            raise ValueError(f"targets of shape {tuple(targets.shape)} were given, not {wanted}")
         # The target of a token is the teacher's token of the same place, which saw the whole image,
         # the hidden patches too.
         target = dict(cls=targets[:, :1], visible=common.gather(targets[:, 1:], ids_keep),
@@ -470,9 +463,8 @@ def example(config):
 def cosine_distance(pred, target):
     """1 - cosine of pred and target, both (B, T, C), as (B, T), in fp32 (float64 stays). Δ
 
-    Only the direction counts: how long CLIP's vectors are differs from token to token and means
-    little. The loss is the flat mean over class, visible and masked tokens [code]: with M of N
-    patches hidden, the masked ones weigh M / (1+N), 15 % for ViT-Ti. It is no sum of two means.
+    The loss is the flat mean over class, visible and masked tokens [code]: with M of N patches
+    hidden, the masked ones weigh M / (1+N), 15 % for ViT-Ti. It is no sum of two means.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
     return 1 - F.cosine_similarity(pred.to(dtype), target.to(dtype), dim=-1)
@@ -482,8 +474,7 @@ def cosine_distance(pred, target):
 # Preview
 @torch.no_grad()
 def preview(path, config, model, teacher, batch, device):
-    """Draws a batch of `Augment` as rows: image | visible patches | cosine of pred and target at
-    each patch, seen or hidden."""
+    """Draws a batch of `Augment` as rows: image | visible patches | cosine of pred and target."""
     model.eval()
     (student, teacher_images, mask), h = inputs(batch, teacher, device), model.encoder.grid[0]
     targets = clip_targets(teacher, teacher_images)[:, 1:]  # (B, N, C)
@@ -496,8 +487,8 @@ def preview(path, config, model, teacher, batch, device):
     images = batch[0].to(device).float() / 255  # (B, 3, S, S)
     hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=h)
     seen = images.where(F.interpolate(hidden, size=images.shape[-2:]) == 0, 0.5)  # (B, 3, S, S)
-    maps = [common.colour_map(x).where(x >= 0, 0.5)
-            for x in rearrange(cosines, "b (h w) -> b h w", h=h)]
+    cosines = rearrange(cosines, "b (h w) -> b h w", h=h)
+    maps = [common.colour_map(x).where(x >= 0, 0.5) for x in cosines]
     common.save_panels(path, list(zip(images, seen, maps)),
                        ["image", "visible patches", "pred vs teacher"],
                        "3rd: cosine, dark 0 to yellow 1; grey: not supervised.")
@@ -511,11 +502,10 @@ def train(config, run, dist):
     images = common.find_data(config.data, "pretrain", config.img_size)
     # Every process asks for the weights; the hub's own lock lets one of a machine fetch them.
     teacher = load_teacher(config.teacher, teacher_size(config.teacher, config.grid))
-    # Cast once [D3]: autocast would cast the weights anew in each step.
-    bf16 = common.uses_bf16(device, config.precision)
-    teacher.to(device, torch.bfloat16 if bf16 else torch.float32)
+    if common.uses_bf16(device, config.precision):
+        teacher.bfloat16()  # once [D3]: autocast would cast the weights anew in each step
     samples = common.Samples(images, Augment(config, teacher.image_size[0]), config.seed)
-    model = run.load(build(config, teacher.output_dim)).to(device)
+    model, teacher = run.load(build(config, teacher.output_dim)).to(device), teacher.to(device)
     if config.preview:
         batch = common.preview_batch(samples)
         return preview(config.preview, config, model, teacher, batch, device)

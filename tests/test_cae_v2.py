@@ -312,7 +312,7 @@ def test_what_cannot_be():
     case, model = CASES[A], build(cae_v2, A)
     images, mask, targets = case["images"], case["mask"], case["teacher_features"]
     for arguments, match in (
-            ((mask, targets[..., :1]), "teacher's width"), ((mask, F.pad(targets, (0, 1))), "teacher's width"),
+            ((mask, targets[..., :1]), "targets of shape"), ((mask, F.pad(targets, (0, 1))), "targets of shape"),
             ((0 * mask > 0, targets, "masked"), "hides none"), ((mask, targets, "all"), "'both'")):
         with pytest.raises(ValueError, match=match):
             model(images, *arguments)
