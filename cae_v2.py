@@ -150,8 +150,8 @@ def block_mask(grid, num_masked, rng):
     """
     rows, columns = common.pair(grid)
     if not 0 <= num_masked < rows * columns or (num_masked and min(rows, columns) < 2):
-        raise ValueError(f"{num_masked} hidden patches do not fit into {rows} x {columns} in blocks "
-                         "of 2 x 2 and more, with one patch visible")
+        raise ValueError(f"{num_masked} hidden patches do not fit into {rows} x {columns} in "
+                         "blocks of 2 x 2 and more, with one patch visible")
     mask, left, tries = [[0] * columns for _ in range(rows)], num_masked, 0
     while left:
         # At least 16 cells are aimed at [code]; with fewer left, `uniform` runs from 16 down.
