@@ -16,6 +16,7 @@ N patches, V visible, M masked, D width, K gathered tokens.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -24,18 +25,25 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import typing
+import zipfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from safetensors.torch import load_file, save
 from torch import nn
 from torchvision import datasets
@@ -44,8 +52,11 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+# PIL refuses larger images, as a small file could fill the memory.
+Image.MAX_IMAGE_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS))
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VERSION = 1  # of the files written here
+EXIF = "images are turned upright"  # the rule, for those who compare numbers
 PEAK_FLOPS = dict(A100=312e12, H100=989e12, H200=989e12)  # dense bf16, as the maker states
 
 # ---- 1  ViT --------------------------------------------------------------------------------------
@@ -125,16 +136,17 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with the state-dict keys of timm's VisionTransformer (num_classes=0).
 
-    Pre-norm, LayerNorm eps 1e-6, exact GELU. Sizes and patch may be `(H, W)` pairs, any number of
-    channels works. The position table is fixed (no gradient) and starts as sin-cos, column first;
-    a method with another table calls `set_positions`. Linear layers start Xavier-uniform with zero
-    biases, the class token from N(0, 0.02); a method that differs initialises anew.
+    Pre-norm, exact GELU. Sizes and patch may be `(H, W)` pairs, any number of channels works; mean
+    and std are noted for those who normalise images. The position table is fixed (no gradient) and
+    starts as sin-cos, column first; a method with another table calls `set_positions`. Linear
+    layers start Xavier-uniform with zero biases, the class token from N(0, 0.02); a method that
+    differs initialises anew.
     Raises ValueError for an image that the patch does not tile, heads that do not divide the width.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
                  num_heads=12, mlp_ratio=4.0, class_token=True, init_values=None,
-                 drop_path_rate=0.0):
+                 drop_path_rate=0.0, norm_eps=1e-6, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
         if any(size % patch for size, patch in zip(self.img_size, self.patch_size)):
@@ -145,7 +157,8 @@ class ViT(nn.Module):
         self.config = dict(
             img_size=list(self.img_size), patch_size=list(self.patch_size), in_chans=in_chans,
             embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
-            class_token=class_token, init_values=init_values)
+            class_token=class_token, init_values=init_values, norm_eps=norm_eps, mean=list(mean),
+            std=list(std))
         tokens = math.prod(self.grid) + class_token
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -153,7 +166,10 @@ class ViT(nn.Module):
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, init_values, rate)
                                     for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
         xavier_init(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         if class_token:
@@ -331,23 +347,57 @@ class Images(torch.utils.data.Dataset):
         return image, int(self.labels[index]) if self.labels is not None else -1
 
 
-def read_image(path):
-    """An image file as a uint8 RGB tensor (3, H, W); an EXIF rotation is ignored, as torchvision
-    does. Raises ValueError that names the file."""
+def read_image(path, size=None):
+    """An image file as a uint8 RGB tensor (3, H, W), turned upright if its EXIF tag says so, unless
+    an annotation's `size` (H, W) is that of the stored image alone. Raises ValueError with the file
+    and the reason."""
     try:
         with Image.open(path) as image:
-            return TF.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error}): "
-                         "replace or remove the file") from error
+            turn, image = exif_turn(image, size), eight_bits(image).convert("RGB")
+            return TF.pil_to_tensor(image if turn is None else image.transpose(turn))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}; the variable MAX_IMAGE_PIXELS, set to the pixels of "
+                         "your largest image, allows it") from error
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+        why = isinstance(error, UnidentifiedImageError) and foreign(path)
+        raise ValueError(f"{path} cannot be read as an image ({why or repr(error)}): replace or "
+                         "remove the file") from error
+
+
+def exif_turn(image, size=None):
+    """What `PIL.Image.transpose` is to be called with to see an image as its EXIF tag says, or
+    None; None too, if an annotation's `size` (H, W) is that of the stored image alone."""
+    image.load()  # TIFF files are turned in here, and lose the tag
+    try:
+        turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(image.getexif().get(0x0112))
+    except Exception:  # PIL raises what it likes for a damaged tag, which is no reason to stop
+        return None
+    turned = image.size[::-1] if turn in (2, 4, 5, 6) else image.size
+    stored_alone = size and turned != tuple(size[::-1]) == image.size
+    return None if stored_alone else turn
+
+
+def eight_bits(image):
+    """Grey PIL images of 9 to 16 bits with 8: the largest value that the bits can hold is white.
+    PIL itself would cut at 255. Raises ValueError where white or the bands are not known."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if tags.get(277, 1) > len(image.getbands()):  # SamplesPerPixel
+        raise ValueError(f"it has {tags[277]} bands; save red, green and blue alone")
+    if image.mode[0] not in "IF":
+        return image
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("its grey values have 32 bits, or a sign; save them with 8 or 16 bits")
+    white = 2 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
+    grey = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white
+    return Image.fromarray((255 - grey if tags.get(262) == 0 else grey).astype(np.uint8))
 
 
 def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
     SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
-    folder of images, flat or nested; of ImageNet's layout train/ is taken, or for "val" val/,
-    validation/ or test/ (labels: eval/data.py). Empty: $IMAGENET or data/imagenet.
+    folder of images, flat or nested; of ImageNet's layout train/ is taken, or for "val" the first
+    of val/, valid/, validation/, test/ (labels: eval/data.py). Empty: $IMAGENET or data/imagenet.
     Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
     """
     if spec in ("scenes", "cifar10"):
@@ -357,8 +407,11 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
         raise FileNotFoundError(
             f"no data folder at {root}: give one with --data FOLDER (any folder of images, or "
             "ImageNet's train/ and val/), set the variable IMAGENET, or try the built-in --demo")
-    names = ("val", "validation", "test") if split == "val" else ("train",)
-    folder = next((root / name for name in names if (root / name).is_dir()), root)
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    there = {name.lower(): root / name for name in inside}
+    names = ("val", "valid", "validation", "test", "testing")
+    names = names if split == "val" else ("train", "training")
+    folder = next((there[name] for name in names if name in there), root)
     if folder == root and split != "pretrain":
         raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class")
     images = Images(list_images(folder), name=str(folder))
@@ -368,18 +421,33 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
 
 def list_images(folder):
     """All image files below `folder`, sorted: every process and every run sees the same order.
-    Raises FileNotFoundError if there is none, and OSError for a folder that may not be read: a part
-    of the data would otherwise be missing silently."""
+    Hidden files and folders are left out, and each folder is listed once, however many links lead
+    to it. The main process says what other files there are. Raises FileNotFoundError if there is no
+    image, and OSError for a folder that may not be read, which would be missing silently."""
     def refuse(error):
         raise error
 
-    found = []
-    for path, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders.sort()
-        found += [os.path.join(path, file) for file in sorted(files)
-                  if file.lower().endswith(EXTENSIONS) and not file.startswith(".")]
+    listed, others, seen, todo = {}, collections.Counter(), set(), [str(folder)]
+    for start in todo:  # links come after all folders that are really here
+        for path, folders, files in os.walk(start, onerror=refuse):
+            place = os.stat(path)
+            folders[:] = [name for name in sorted(folders) if not name.startswith((".", "@eaDir"))]
+            if (place.st_dev, place.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            todo += [link for name in folders if os.path.islink(link := os.path.join(path, name))]
+            files = [file for file in sorted(files) if not file.startswith(".")]
+            listed[path] = [file for file in files if file.lower().endswith(EXTENSIONS)]
+            others.update(Path(file).suffix.lower() or "no ending" for file in files
+                          if not file.lower().endswith(EXTENSIONS))
+    order = sorted(listed, key=lambda path: path.split(os.sep))
+    found = [os.path.join(path, file) for path in order for file in listed[path]]
     if not found:
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
+    if others and os.environ.get("RANK", "0") == "0":
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(8))
+        print(f"left out {others.total()} files of other endings in {folder}: {kinds}", flush=True)
     return found
 
 
@@ -630,8 +698,31 @@ def read_checkpoint(path):
     except Exception as error:  # torch raises a dozen types for files that are not its own
         code = re.search(r"GLOBAL (\S+)", str(error))
         why = (f"an object of type {code[1]} in it could run code; save the weights alone" if code
-               else "it is cut off, or of another kind than its name says")
+               else foreign(path) or "it is cut off, or of another kind than its name says")
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from error
+
+
+# The first bytes of what often lies where weights or an image should be.
+ARCHIVE, TIFF = "an archive: unpack it", "a TIFF of bands or bits that PIL does not know"
+FOREIGN = {b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` fetches the file itself",
+           b"<": "a web page: download the file again", b"\x1f\x8b": ARCHIVE, b"BZh": ARCHIVE,
+           b"\xfd7zXZ": ARCHIVE, b"7z\xbc": ARCHIVE, b"Rar!": ARCHIVE, b"II*\0": TIFF,
+           b"MM\0*": TIFF, b"\x89HDF": "an HDF5 file, of Keras for example"}
+
+
+def foreign(path):
+    """What a file is that is neither weights nor an image, by its first bytes; "" if not known."""
+    with open(path, "rb") as file:
+        head = file.read(300)
+    for start, what in FOREIGN.items():
+        if head.lstrip(b"\xef\xbb\xbf \r\n").startswith(start):
+            return f"it is {what}"
+    if zipfile.is_zipfile(path):
+        return "it is a zip archive: unpack it, or if torch.save wrote it, name it .pt"
+    if head[8:9] == b"{" and not str(path).endswith(".safetensors"):
+        return "it is a safetensors file: name it .safetensors"
+    text = re.fullmatch(rb"[\t\r\n -~]*", head)
+    return (f"it is a text, {head[:40].decode()!r}" if head else "it is empty") if text else ""
 
 
 def load_init(model, path):
@@ -685,7 +776,9 @@ class Run:
         while config.fresh and self.folder.exists():
             number += 1
             self.folder = Path(f"{out}-{number}")
-        self.checkpoint = self.folder / "last.pt"
+        self.checkpoint, self.lock = self.folder / "last.pt", None
+        if (self.folder / ".lock").exists() and not getattr(config, "preview", ""):
+            self.claim()
         self.state = read_checkpoint(self.checkpoint) if self.checkpoint.exists() else {}
         if self.checkpoint.exists() and self.state.get("method") != method:
             raise ValueError(f"{self.checkpoint} is not from {method}: give another --out")
@@ -697,6 +790,28 @@ class Run:
                                  "--fresh or another --out for a new run")
         self.start, total = self.state.get("step", 0), self.state.get("total_steps", math.inf)
         self.finished = self.start >= min(config.max_steps or total, total)
+
+    def claim(self):
+        """One process at a time writes here, a second one stops: `flock` is a lock that the kernel
+        frees when its process ends, in whatever way."""
+        if fcntl is None or self.lock or os.environ.get("RANK", "0") != "0":
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "a+")
+        me = f"{os.getpid()} on {socket.gethostname()}"
+        os.register_at_fork(after_in_child=self.lock.close)  # a worker may live a little longer
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.lock.seek(0)
+            if (holder := self.lock.read()) != me:
+                raise ValueError(f"a run is going on in {self.folder}, process {holder}: wait for "
+                                 "it, or give another --out") from error
+        except OSError:
+            sys.stderr.write(f"warning: {self.folder} is on a file system without locks: nothing "
+                             "keeps a second run from writing there\n")
+        self.lock.truncate(0)
+        print(me, end="", file=self.lock, flush=True)
 
     def load(self, model):
         """The model with the weights of last.pt, or else of --init, or else as it is."""
@@ -722,6 +837,7 @@ class Run:
     def begin(self, dist, plan, samples, model, optimizer, collate=None):
         """Restores an interrupted run, writes config.json, starts the loader. Log lines after the
         checkpoint are dropped, and one that a killed process left half-written."""
+        self.claim()
         config, state, images = self.config, self.state, samples.images
         self.dist, self.plan, self.num_images = dist, plan, len(images)
         self.state = {}  # frees the memory of the old weights when this is done
@@ -732,12 +848,14 @@ class Run:
                                  "--fresh")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            if dist.is_main and state.get("exif") != EXIF:
+                print(f"exif     this run began under another rule; from here on {EXIF}")
         self.skipped, self.failures = state.get("skipped", 0), 0
         if dist.is_main:
             log = self.folder / "log.jsonl"
             facts = dict(vars(config), **vars(plan), method=self.method, world=dist.world,
                          num_images=len(images), torch=torch.__version__, commit=commit(),
-                         command=" ".join(sys.argv))
+                         exif=EXIF, command=" ".join(sys.argv))
             write_atomically(self.folder / "config.json",
                              lambda path: path.write_text(json.dumps(facts, indent=1)))
             lines = log.read_text().splitlines(True) if log.exists() else []
@@ -835,7 +953,7 @@ class Run:
             save_encoder(export, self.folder / "encoder.safetensors", method=self.method, step=step)
         state = dict(kind=self.kind, method=self.method, version=VERSION, config=vars(self.config),
                      step=step, total_steps=self.plan.total_steps, num_images=self.num_images,
-                     skipped=self.skipped, model=model.state_dict(),
+                     skipped=self.skipped, exif=EXIF, model=model.state_dict(),
                      optimizer=optimizer.state_dict(), **more)
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
 

@@ -3,18 +3,22 @@
     python -m eval.encoders FILE OUT.safetensors     converts to timm's names, which --init reads
     python -m eval.encoders FILE OUT --form hf       converts to a folder for transformers.ViTModel
 
-    FILE                                  recognised by                      what is done
+    FILE, or the folder it is in          recognised by                      what is done
     our encoder.safetensors, timm, MAE    patch_embed.proj.weight            nothing: these are ViT's names
-    our last.pt                           encoder.patch_embed.proj.weight    the prefix is removed
     official CAE v2                       blocks.0.attn.q_bias               `LAYER_SCALE`, `fused_biases`
     official Beyond Masking               the same, and no pos_embed         `fused_biases`, 1-D sinusoid
-    mmpretrain                            backbone.patch_embed.projection    `MMPRETRAIN`
+    mmpretrain                            patch_embed.projection.weight      `MMPRETRAIN`
+    transformers: ViT, ViTMAE             embeddings.patch_embeddings. ...   `HF_NAMES`, `joined_qkv`
 
-A new format needs a few more lines in `to_timm`: everything after it knows timm's names only. Sizes are
-inferred from shapes. The position table is that of the file, as two orders of the sin-cos table are in use;
-for another image size it is resized, but the 1-D sinusoid of Beyond Masking is computed again: its fast
-channels pass through more than a full period per row of patches, so interpolation makes no sense there.
+A new format needs a few more lines in `to_timm`: everything after it knows timm's names only. The encoder may
+lie at any depth and under any prefix: its patch embedding tells where. Sizes are inferred from shapes. What
+weights do not show, such as heads, mean and std, comes from the file, from config.json and
+preprocessor_config.json beside it, or from the caller; otherwise it is assumed and said, or demanded.
+The position table is that of the file, as two orders of the sin-cos table are in use; for another image size
+it is resized, but the 1-D sinusoid of Beyond Masking is computed again: its fast channels pass through more
+than a full period per row of patches, so interpolation makes no sense there.
 A missing part is an error, and so is one that ViT does not have: the features would be plausible and wrong.
+Only what is known to be no part of an encoder (`OTHERS`) is ignored, and said.
 Dimension key: D width, P x Q size of a patch, N patches, h x w grid of patches; N', h', w' after a resize.
 """
 
@@ -35,21 +39,45 @@ if not __package__:  # started by its file name, Python does not find common.py
     raise SystemExit("error: start it as `python -m eval.encoders`")
 import common
 
-# First words of the keys that belong to an encoder, and not to a head or a decoder.
-BACKBONE = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "pre_norm", "reg_token",
-            "dist_token", "rel_pos_bias", "rope"}
+# Where an encoder lies: before these names.
+KERNELS = ("patch_embed.proj.weight", "patch_embed.projection.weight",
+           "embeddings.patch_embeddings.projection.weight")
+# How the names of a ViT begin.
+OWN = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+# How names begin that are no part of an encoder: heads, decoders, mask tokens, other copies, optimisers.
+OTHERS = re.compile(
+    "head|classifier|fc|pre_logits|pooler|attn_pool|neck|decode|mask_|regress|rd_pos|encoder_to_|proj_layers|"
+    "proj_weights|projector|predictor|prototypes|queue|dino_|ibot_|loss|criterion|logit_|text|auxiliary_|rpn|"
+    "roi_|bbox_|teacher|student|target_|momentum_|.*ema$|n_averaged|optimizer|scaler|.*scheduler|callbacks")
+# What parts are that ViT does not compute.
+PARTS = {"reg": "register tokens", "storage": "register tokens", "dist": "a distillation token",
+         "pre": "a norm before the blocks", "rope": "rotary positions", "rel": "relative positions",
+         "q_norm|k_norm": "norms of queries and keys"}
 
 
-def load_encoder(path, **override):
+def load_encoder(path, own_norm=False, key="", **override):
     """The encoder of a checkpoint as a `common.ViT`: float32, on the CPU, in training mode.
-    `path` is a file, or the folder of a run. `override` replaces arguments of ViT: with another `img_size`
-    the position table is resized (bicubic, without the class token's row); `in_chans=3` makes an encoder of
-    grey images accept RGB; `num_heads`, which no weight shows, and `drop_path_rate` are free; all others
-    must agree with the file. Prints what was loaded and ignored. Raises FileNotFoundError or ValueError."""
+    `path` is a file or a folder; `key` names the weights of a file that holds several encoders. `override`
+    replaces arguments of ViT: with another `img_size` the position table is resized (bicubic, without the
+    class token's row); `in_chans=3` makes an encoder of grey images accept RGB; `num_heads`, `norm_eps`,
+    `mean`, `std`, which no weight shows, and `drop_path_rate` are free; all others must agree with the file.
+    A fine-tuned file without the final norm is taken with `own_norm` only, for callers that do not use it.
+    `vit.assumed` lists what nobody said. Prints what was loaded and ignored. Raises FileNotFoundError or
+    ValueError."""
     path = find_file(path)
-    state, known, _ = read_state(path)
+    state, outside, known, _ = read_state(path, key)
     try:
-        form, weights, outside = to_timm(state)
+        form, weights = to_timm(state)
+        dim = weights["patch_embed.proj.weight"].shape[0]
+        known = beside(path, dim) | known
+        assumed = [name for name in ("num_heads", "mean") if name not in known | override]
+        if "norm.weight" not in weights and "fc_norm.weight" in weights:
+            if not own_norm:
+                raise ValueError("this is a fine-tuned classifier: its norm (fc_norm) comes after the mean of "
+                                 "the tokens, so the encoder has no final norm; eval.segment --head upernet, "
+                                 "eval.detect and eval.finetune --pool mean --fc_norm fresh need none")
+            weights |= {"norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim)}
+            assumed.append("norm")
         config, grid = infer_config(form, weights, known, override)
         with torch.device("meta"):  # no time and no random numbers for values that the file replaces
             vit = common.ViT(**config)
@@ -58,49 +86,118 @@ def load_encoder(path, **override):
         kernel = weights["patch_embed.proj.weight"]
         if (kernel.shape[1], vit.config["in_chans"]) == (1, 3):  # a third per colour: grey stays grey
             weights["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1) / 3  # (D, 3, P, Q)
+        elif kernel.shape[1] != vit.config["in_chans"]:
+            raise ValueError(f"it reads images of {kernel.shape[1]} channels, {vit.config['in_chans']} are given: "
+                             f"its patch_embed.proj.weight is {list(kernel.shape)}")
         ignored = [name for name in weights if name not in wanted]
-        check_weights(weights, wanted, extra=[name for name in ignored if name.split(".")[0] in BACKBONE])
+        check_weights(weights, wanted, extra=[name for name in ignored if not OTHERS.match(name)])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # Copied, not assigned: half precision becomes float32, and no two parameters share memory.
     vit.to_empty(device="cpu").load_state_dict({name: weights[name] for name in wanted})
-    report(path, form, vit, grid, outside + ignored, assumed="num_heads" not in {**known, **override})
+    vit.assumed = assumed
+    report(path, form, vit, grid, outside + ignored)
     return vit
 
 
 def find_file(path):
     """The file `path`, or the checkpoint in the folder `path`. Raises FileNotFoundError."""
     path = Path(path).expanduser()
-    for file in (path, path / "encoder.safetensors", path / "last.pt"):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(f"no checkpoint at {path}, and neither encoder.safetensors nor last.pt in it")
+    for name in ("", "encoder.safetensors", "last.pt", "model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"no checkpoint at {path}, and neither encoder.safetensors nor last.pt, "
+                            "model.safetensors or pytorch_model.bin in it")
 
 
-def read_state(path):
-    """A file as ({key: tensor} without the prefixes of DDP and torch.compile, what only it can say of its
-    encoder, as the shapes do not show it, the method that trained it or None)."""
+def read_state(path, key=""):
+    """A file as ({name: tensor} of the encoder and its head, names of everything else, what the file says of
+    its encoder that shapes do not show, the method that trained it or None). Raises ValueError unless one
+    encoder, or the one that `key` names, is in it, and for an unknown part beside it."""
     content = about = common.read_checkpoint(path)
-    for key in ("state_dict", "model"):
-        content = about[key] if isinstance(about.get(key), dict) else content
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-    state = {re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", key): value for key, value in content.items()
-             if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    known = next((about[key] for key in ("encoder", "config") if isinstance(about.get(key), dict)), {})
-    known = {key: known[key] for key in ("num_heads", "img_size", "init_values") if known.get(key)}
-    return state, known, about.get("method")
+    flat = dict(flatten(content))
+    roots = [name.removesuffix(kernel) for name in flat for kernel in KERNELS
+             if f".{name}".endswith(f".{kernel}")]
+    named = [root for root in roots if f"{root}.".startswith(f"{key}.")] if key else roots
+    # An averaged copy beside the raw weights is said, not taken.
+    chosen = [root for root in named if root in ("", key + ".") or "ema" not in root] or named
+    chosen = [root for root in chosen if root == ""] or chosen
+    if len(chosen) != 1 and (key or roots):
+        found = ", ".join(root.rstrip(".") or "the top" for root in roots) or "no key"
+        raise ValueError(f"{path} holds {len(roots)} encoders, under {found}: give one of them as --key, not "
+                         f"'{key}'")
+    root = chosen[0] if chosen else ""
+    state = {name.removeprefix(root): value for name, value in flat.items() if name.startswith(root)}
+    others = {name: words(name, root) for name in flat if not name.startswith(root)}
+    copies = {words(other, root) for other in roots}
+    odd = [name for name, word in others.items() if not OTHERS.match(word) and word not in copies]
+    if odd and not key and "kind" not in about:
+        raise ValueError(f"{path}: {odd[0]} is not known as a head, a decoder or another copy: if it is no part "
+                         f"of the encoder, give --key {root.rstrip('.')}")
+    known = next((about[name] for name in ("encoder", "config") if isinstance(about.get(name), dict)), {})
+    known = {name: known[name] for name in ("num_heads", "img_size", "init_values", "norm_eps", "mean", "std")
+             if known.get(name)}
+    if "kind" in about:  # ours, of a time when the mean was not written
+        known = dict(mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD) | known
+    return state, [*others.values()], known, about.get("method")
+
+
+def flatten(content, path=""):
+    """Yields (name, tensor) of nested dicts, without the prefixes of DDP and torch.compile."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{path}{key}.")
+        elif isinstance(value, torch.Tensor):
+            yield re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", path + str(key)), value
+
+
+def words(name, root):
+    """The word of `name` at which it parts from the prefix `root`."""
+    pairs = zip(name.split("."), [*root.split("."), ""])
+    return next((word for word, own in pairs if word != own), name)
+
+
+def beside(path, dim):
+    """What config.json and preprocessor_config.json beside a file say of an encoder of this width, as
+    arguments of ViT: transformers' and timm's are known. Raises ValueError for an activation but GELU."""
+    known, found = {}, {}
+    for name in ("config.json", "preprocessor_config.json"):
+        file = path.with_name(name)
+        try:
+            content = json.loads(file.read_bytes()) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        found[name] = content if isinstance(content, dict) else {}
+    config, images = found["config.json"], found["preprocessor_config.json"]
+    if config.get("hidden_size") == dim:
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"its config.json says hidden_act {config['hidden_act']}; ViT computes gelu")
+        names = dict(num_heads="num_attention_heads", img_size="image_size", norm_eps="layer_norm_eps")
+        known = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs)}
+        if isinstance(images.get("image_mean"), list):
+            known |= dict(mean=images["image_mean"], std=images["image_std"])
+    timm = config.get("pretrained_cfg")
+    if isinstance(timm, dict) and config.get("num_features", dim) == dim and "mean" in timm:
+        known |= dict(mean=timm["mean"], std=timm["std"])
+    return known
 
 
 # ---- formats -------------------------------------------------------------------------------------
 
 # Parts of others' names and ours for them, replaced in this order.
-MMPRETRAIN = (("backbone.ln1.", "encoder.norm."), ("backbone.layers.", "encoder.blocks."),
-              ("backbone.", "encoder."), ("patch_embed.projection.", "patch_embed.proj."),
-              (".ln1.", ".norm1."), (".ln2.", ".norm2."),
-              (".ffn.layers.0.0.", ".mlp.fc1."), (".ffn.layers.1.", ".mlp.fc2."))
+MMPRETRAIN = (("backbone.ln1.", "norm."), ("backbone.ln2.", "fc_norm."), ("backbone.layers.", "blocks."),
+              ("backbone.", ""), ("patch_embed.projection.", "patch_embed.proj."), (".ln1.", ".norm1."),
+              (".ln2.", ".norm2."), (".ffn.layers.0.0.", ".mlp.fc1."), (".ffn.layers.1.", ".mlp.fc2."))
 LAYER_SCALE = ((".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
+HF_NAMES = (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+            ("embeddings.mask_token", "mask_token"),
+            ("embeddings.patch_embeddings.projection.", "patch_embed.proj."), ("encoder.layer.", "blocks."),
+            ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."), ("layernorm.", "norm."),
+            ("attention.output.dense.", "attn.proj."), ("attention.attention.", "attn."),
+            ("intermediate.dense.", "mlp.fc1."), ("output.dense.", "mlp.fc2."))
 
 
 def renamed(state, names):
@@ -121,17 +218,27 @@ def fused_biases(state):
     return fused
 
 
+def joined_qkv(state):
+    """A state dict in which query, key and value of a block are one layer, of q, k and v in this order."""
+    joined = dict(state)
+    for name in state:
+        if ".attn.query." in name:
+            parts = [joined.pop(name.replace("query", part), state[name]) for part in ("query", "key", "value")]
+            joined[name.replace("query", "qkv")] = torch.cat(parts)
+    return joined
+
+
 def to_timm(state):
-    """A state dict of a known format as (its name, {timm's key: tensor} of the encoder, all other keys)."""
-    form = "timm"
-    if "backbone.patch_embed.projection.weight" in state:
-        form, state = "mmpretrain", renamed(state, MMPRETRAIN)
-    prefix = "encoder." if "encoder.patch_embed.proj.weight" in state else ""
-    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    outside = [key for key in state if not key.startswith(prefix)]
-    if "blocks.0.attn.q_bias" in weights:
-        width = len(weights["blocks.0.attn.q_bias"])
-        form, weights = "CAE v2", fused_biases(renamed(weights, LAYER_SCALE))
+    """The weights of an encoder and its head in a known format as (its name, {timm's name: tensor})."""
+    form, weights = "timm", state
+    if KERNELS[1] in state:
+        state = {f"backbone.{name}": value for name, value in state.items()}
+        form, weights = "mmpretrain", renamed(state, MMPRETRAIN)
+    elif KERNELS[2] in state:
+        form, weights = "transformers", joined_qkv(renamed(state, HF_NAMES))
+    elif "blocks.0.attn.q_bias" in state:
+        width = len(state["blocks.0.attn.q_bias"])
+        form, weights = "CAE v2", fused_biases(renamed(state, LAYER_SCALE))
         if "pos_embed" not in weights and "blocks.0.ls1.gamma" not in weights:
             form, weights["pos_embed"] = "Beyond Masking", common.sinusoid_1d(width, 14 * 14)[None]
             weights.pop("cls_token", None)  # in some of these files, but never used
@@ -140,7 +247,9 @@ def to_timm(state):
         if key not in weights or weights[key].ndim != ndim:
             raise ValueError(f"this is no vision transformer in a known format: {len(state)} tensors "
                              f"({', '.join(list(state)[:3])} ...), but no {key} with {ndim} dimensions")
-    return form, weights, outside
+    # Before anything is inferred: a second special token would only make a table of no square grid.
+    check_weights({}, {}, [name for name in weights if not name.startswith(OWN) and not OTHERS.match(name)])
+    return form, dict(weights)
 
 
 def infer_config(form, weights, known, override):
@@ -157,7 +266,7 @@ def infer_config(form, weights, known, override):
                   in_chans=channels, embed_dim=dim, num_heads=known.get("num_heads"), mlp_ratio=ratio,
                   depth=len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
                   class_token=class_token, init_values=init_values)
-    config.update(override)
+    config |= {name: known[name] for name in ("norm_eps", "mean", "std") if name in known} | override
     config["num_heads"] = config["num_heads"] or assumed_heads(form, dim)
     if min(config["num_heads"], *common.pair(config["img_size"])) < 1:
         raise ValueError(f"{config['num_heads']} heads, image size {config['img_size']}: below 1")
@@ -165,12 +274,12 @@ def infer_config(form, weights, known, override):
 
 
 def assumed_heads(form, dim):
-    """Heads of a file that does not say how many: 64 channels each, except in models known to differ."""
+    """Heads of a file that does not say how many: 64 channels each, or as in the models of this width."""
     if form == "CAE v2" and dim in (192, 384):
         return 12  # not 3 and 6 as in timm: with these the file would load, and the features be wrong
-    if dim == 1280:
-        return 16  # ViT-H: 80 channels each, in MAE and timm alike
-    if dim % 64:
+    if dim in (1152, 1280, 1408, 1536, 1664):
+        return 16  # SigLIP so400m, ViT-H, ViT-g, SigLIP giantopt, ViT-G
+    if dim % 64 or dim > 1024:
         raise ValueError(f"the number of heads cannot be inferred from a width of {dim}: give num_heads=")
     return dim // 64
 
@@ -212,17 +321,21 @@ def check_weights(weights, wanted, extra):
                          ("hold what the model does not compute,", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"these weights {fault} {', '.join(names[:3])}{more}")
+            what = next((f" ({what})" for part, what in PARTS.items() if names is extra
+                         and re.search(rf"(^|[._]){part}", names[0])), "")
+            raise ValueError(f"these weights {fault} {', '.join(names[:3])}{more}{what}")
 
 
-def report(path, form, vit, grid, ignored, assumed):
+def report(path, form, vit, grid, ignored):
     """Prints in three lines what was done with a file."""
     config, (height, width), (P, Q) = vit.config, vit.img_size, vit.patch_size
     print(f"loaded   {path}: all {len(vit.state_dict())} tensors of the encoder ({form} names), width "
           f"{config['embed_dim']}, depth {config['depth']}, {config['num_heads']} heads"
-          f"{' (assumed)' if assumed else ''}, image {height} x {width}, patch {P} x {Q}")
+          f"{' (assumed)' * ('num_heads' in vit.assumed)}, image {height} x {width}, patch {P} x {Q}, mean "
+          f"{config['mean']}, std {config['std']}{' (assumed)' * ('mean' in vit.assumed)}")
     resized = f"position table, from {grid[0]} x {grid[1]} to {vit.grid[0]} x {vit.grid[1]} patches"
-    print(f"new      {resized if grid != vit.grid else 'nothing'}")
+    new = [resized] * (grid != vit.grid) + ["final norm"] * ("norm" in vit.assumed)
+    print(f"new      {', '.join(new) or 'nothing'}")
     counts = Counter(key.split(".")[0] for key in ignored)
     print(f"ignored  {', '.join(f'{name} ({count})' for name, count in counts.items()) or 'nothing'}")
 
@@ -232,7 +345,7 @@ def report(path, form, vit, grid, ignored, assumed):
 def export(vit, path, form="timm", **info):
     """Writes a `common.ViT` for other projects. "timm": a safetensors file with the keys of timm's
     VisionTransformer (num_classes=0), like a run's encoder.safetensors; `info` is added to its metadata.
-    "hf": a folder with model.safetensors and config.json, for which the last_hidden_state of
+    "hf": a folder with model.safetensors, config.json and preprocessor_config.json, for which the last_hidden_state of
     transformers.ViTModel.from_pretrained(path, add_pooling_layer=False) is what `vit` returns."""
     if form == "timm":
         return common.save_encoder(vit, path, **info)
@@ -249,14 +362,11 @@ def export(vit, path, form="timm", **info):
         hidden_act="gelu", layer_norm_eps=vit.norm.eps, qkv_bias=True), indent=2)
     common.write_atomically(Path(path, "model.safetensors"),
                             lambda file: file.write_bytes(save(tensors, {"format": "pt"})))
+    images = json.dumps(dict(image_processor_type="ViTImageProcessor", do_normalize=True, resample=3,
+                             image_mean=vit.config["mean"], image_std=vit.config["std"],
+                             size=dict(height=height, width=width)), indent=2)
+    common.write_atomically(Path(path, "preprocessor_config.json"), lambda file: file.write_text(images))
     common.write_atomically(Path(path, "config.json"), lambda file: file.write_text(config))
-
-
-HF_NAMES = (("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
-            ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
-            ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("norm.", "layernorm."),
-            ("attn.proj.", "attention.output.dense."), ("attn.", "attention.attention."),
-            ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."))
 
 
 def to_hf(vit):
@@ -271,7 +381,7 @@ def to_hf(vit):
     for name in [name for name in state if ".qkv." in name]:
         for part, rows in zip(("query", "key", "value"), state.pop(name).chunk(3)):
             state[name.replace("qkv", part)] = rows.clone()  # safetensors takes no views
-    return renamed(state, HF_NAMES)
+    return renamed(state, [(ours, theirs) for theirs, ours in HF_NAMES])
 
 
 def main(argv=None):
@@ -281,6 +391,7 @@ def main(argv=None):
     parser.add_argument("out", help="timm: a new file that ends in .safetensors; hf: a new folder")
     parser.add_argument("--form", choices=["timm", "hf"], default="timm")
     parser.add_argument("--num_heads", "--num-heads", type=int, help="default: of FILE, else the usual")
+    parser.add_argument("--key", default="", help="which weights of a file that holds several, as teacher")
     parser.add_argument("--img_size", "--img-size", type=int, help="another one resizes the position table")
     given = parser.parse_args(argv)
     if Path(given.out).exists():
@@ -288,8 +399,8 @@ def main(argv=None):
     if given.form == "timm" and not given.out.endswith(".safetensors"):
         raise ValueError(f"{given.out} should end in .safetensors")
     path = find_file(given.file)
-    sizes, method = dict(num_heads=given.num_heads, img_size=given.img_size), read_state(path)[2]
-    vit = load_encoder(path, **{name: size for name, size in sizes.items() if size})
+    method, flags = read_state(path, given.key)[-1], dict(num_heads=given.num_heads, img_size=given.img_size)
+    vit = load_encoder(path, key=given.key, **{name: size for name, size in flags.items() if size})
     export(vit, given.out, given.form, **({"method": method} if method else {}))
     print(f"wrote    {given.out}")
 

@@ -8,7 +8,7 @@ Every tensor of theirs is used, but for the exceptions below, and none may be mi
 alone are for `eval.encoders`.
 """
 
-from eval.encoders import BACKBONE, LAYER_SCALE, MMPRETRAIN, check_weights, fused_biases, renamed
+from eval.encoders import LAYER_SCALE, MMPRETRAIN, OWN, check_weights, fused_biases, renamed
 
 # Parts of the authors' names (the spelling is theirs) and ours for them, replaced in this order.
 CAE_V2 = (("regresser.regressor_blocks.", "regressor."), ("rd_pos_embed", "positions"),
@@ -61,7 +61,7 @@ def from_mfm_mae(state_dict, own):
     weights = {}
     for name, tensor in renamed(state_dict, MFM).items():
         # facebookresearch/mae has no prefix before the names of the encoder.
-        name = f"encoder.{name}" if name.split(".")[0] in BACKBONE else name
+        name = f"encoder.{name}" if name.startswith(OWN) else name
         weights[name] = tensor.flatten() if name == "fusion.logits" else tensor
     if not any(name.startswith("decoder") for name in weights):
         raise ValueError("these weights hold no decoder, so pre-training cannot go on from them; eval/ can "

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,10 @@ import common
 from common import flag
 from eval.encoders import find_file, load_encoder
 
+# Mean and std, in 0..1, that encoders were trained with; `half` is that of Google's ViT.
+STATISTICS = dict(
+    imagenet=(common.IMAGENET_MEAN, common.IMAGENET_STD), half=((0.5,) * 3, (0.5,) * 3),
+    clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 MEAN_COLOUR = tuple(round(255 * value) for value in common.IMAGENET_MEAN)  # ImageNet's, in 0..255
 
 
@@ -38,6 +43,9 @@ class EvalConfig(common.MachineConfig):
                          "(default: $IMAGENET, otherwise data/imagenet)")
     img_size: int = flag(0, "pixels of the image's side (default: the encoder's own)")
     num_heads: int = flag(0, "heads of the encoder (default: what the file says, otherwise the usual)")
+    key: str = flag("", "which weights of a file that holds several, such as teacher")
+    mean_std: typing.Literal["auto", *STATISTICS] = flag(
+        "auto", "how images are normalised; auto: what the file says, otherwise ImageNet's")
     batch_size: int = flag(256, "images computed at once; changes no number but in rounding", positive=True)
 
     def __post_init__(self):
@@ -46,14 +54,18 @@ class EvalConfig(common.MachineConfig):
             raise ValueError("--checkpoint is missing: give the encoder's file, or the folder of a run")
 
 
-def open_checkpoint(config):
-    """(path, encoder) of --checkpoint. Raises FileNotFoundError or ValueError, as `check_writable` does."""
+def open_checkpoint(config, own_norm=False):
+    """(path, encoder) of --checkpoint; `own_norm` as in `load_encoder`. Raises FileNotFoundError or
+    ValueError, as `check_writable` does."""
     path = find_file(config.checkpoint)
     check_writable(path)
-    given = {name: getattr(config, name) for name in ("img_size", "num_heads") if getattr(config, name)}
+    flags = dict(img_size=config.img_size, num_heads=config.num_heads, key=config.key)
+    given = {name: value for name, value in flags.items() if value}
+    if config.mean_std != "auto":
+        given |= dict(zip(("mean", "std"), STATISTICS[config.mean_std]))
     # The rank by hand: the processes may not be joined yet.
     with only_main_prints(common.Dist(int(os.environ.get("RANK", 0)), 1, None)):
-        return path, load_encoder(path, in_chans=3, **given)
+        return path, load_encoder(path, own_norm=own_norm, in_chans=3, **given)
 
 
 def open_run(path, kind):
@@ -82,7 +94,9 @@ def only_main_prints(dist):
 def random_encoder(vit, seed):
     """A ViT of the same shape with random weights: the baseline beside a result."""
     torch.manual_seed(seed)
-    return common.ViT(**vit.config)
+    random = common.ViT(**vit.config)
+    random.assumed = getattr(vit, "assumed", None)  # its heads may be
+    return random
 
 
 class CentreViews(torch.utils.data.Dataset):
@@ -137,7 +151,33 @@ def centre_batches(vit, images, batch_size, config, dist):
     vit.eval().to(dist.device)
     loader = share_loader(CentreViews(images, vit.img_size), batch_size, config, dist)
     for batch, labels in tqdm(loader, images.name, leave=False, disable=None if dist.is_main else True):
-        yield common.normalise(batch.to(dist.device, non_blocking=True)), labels
+        yield normalise(batch, vit, dist.device), labels
+
+
+def normalise(images, vit, device):
+    """uint8 images (B, 3, H, W), on the device and with the mean and std that `vit` was trained with."""
+    return common.normalise(images.to(device, non_blocking=True), vit.config["mean"], vit.config["std"])
+
+
+def look_through(dataset, name, config, dist):
+    """The list of this process's items of `dataset`, each computed once in the loader's workers: what
+    cannot be read is found before hours of training, not after. Raises the item's error."""
+    loader = share_loader(dataset, None, config, dist)
+    return list(tqdm(loader, name, leave=False, disable=None if dist.is_main else True))
+
+
+class Readable(torch.utils.data.Dataset):
+    """For `look_through`: reads the images of a `common.Images` and keeps nothing of them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.images[index]
+        return 0
 
 
 def check_finite(values, what="the encoder gives features"):
@@ -237,7 +277,8 @@ def append_result(kind, checkpoint, vit, config, started, **facts):
     repeat it. `started` is `time.perf_counter()` at the start. Call it in the main process only."""
     record = dict(
         kind=kind, **facts, checkpoint=str(checkpoint), sha256=sha256(checkpoint), encoder=vit.config,
-        view="torchvision uint8, bicubic antialias", seconds=round(time.perf_counter() - started, 1),
+        assumed=getattr(vit, "assumed", None), exif=common.EXIF, view="torchvision uint8, bicubic antialias",
+        seconds=round(time.perf_counter() - started, 1),
         torch=torch.__version__, torchvision=torchvision.__version__, pillow=PIL.__version__,
         processes=int(os.environ.get("WORLD_SIZE", 1)), flags=dataclasses.asdict(config),
         seed=config.seed, commit=common.commit(), command=" ".join(sys.argv))

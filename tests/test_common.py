@@ -275,7 +275,7 @@ def test_folders_of_images(tmp_path, monkeypatch):
     write_images(tmp_path, 2, kind=".Jpg")
     for name in ("notes.txt", ".hidden.png", "archive.zip"):
         (tmp_path / name).write_bytes(b"junk")
-    assert found() == ["00.Jpg", "01.Jpg", "a/00.png", "b/deep/00.JPEG", "b/deep/01.JPEG", "linked/00.png"]
+    assert found() == ["00.Jpg", "01.Jpg", "b/deep/00.JPEG", "b/deep/01.JPEG", "linked/00.png"]
     for folder in ("train", "test", "validation", "val"):
         write_images(tmp_path / folder, 1)
         assert found() == ["train/00.png"] and (folder == "train" or found("val") == [f"{folder}/00.png"])

@@ -192,7 +192,7 @@ def test_heads(tmp_path, capsys):
     official = saved(tmp_path / "cae.pth", {"model": state})
     for path, given, heads in ((timms, {}, 3), (official, {}, 12), (official, dict(num_heads=6), 6)):
         assert load_encoder(path, **given).config["num_heads"] == heads
-        assert ("(assumed)" in capsys.readouterr().out) == (not given)
+        assert ("heads (assumed)" in capsys.readouterr().out) == (not given)
     assert [assumed_heads("timm", dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
     assert [assumed_heads("CAE v2", dim) for dim in (192, 384, 768, 1024)] == [12, 12, 12, 16]
 

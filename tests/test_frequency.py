@@ -50,7 +50,7 @@ def test_golden_curves(tmp_path, monkeypatch, name):
     case = GOLDEN[name]
     torch.save({dict(mae="model", mfm="state_dict")[name]: case["state_dict"]}, tmp_path / "x.pth")
     vit = load_encoder(tmp_path / "x.pth", num_heads=4)
-    monkeypatch.setattr(common, "normalise", lambda images: images)  # the golden ones are normalised
+    monkeypatch.setattr(common, "normalise", lambda images, *statistics: images)  # the golden ones are normalised
     images = common.Images(case["images"], name="golden")
     ours = curves(vit, images, TWO, ONE)  # in batches of 2 and 1
     torch.testing.assert_close(ours, case["vit_fourier_rel_log_amp"], atol=1e-5, rtol=0)
