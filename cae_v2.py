@@ -263,6 +263,10 @@ def load_teacher(spec, img_size):
             why = ("OpenAI's archive, convert it once: python -c \"import torch; s = torch.jit."
                    "load('ViT-B-16.pt', 'cpu').state_dict(); [s.pop(k) for k in ('context_length',"
                    " 'input_resolution', 'vocab_size')]; torch.save(s, 'vit.pt')\"")
+        elif os.path.isfile(source):
+            common.read_checkpoint(source)  # says it better where the file itself is bad
+        if "visual.trunk" in str(error):
+            why = "its image tower is one of timm's, the teacher must be a ViT of open_clip's own"
         raise ValueError(f"--teacher {spec}: no weights of {name} from {source}: {why}") from error
     finally:
         logging.disable(logging.NOTSET)

@@ -344,6 +344,9 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image = read_image(self.path(index)) if self.pixels is None else self.pixels[index]
+        limit = 16 * min(image.shape[1:])
+        if max(image.shape[1:]) > limit:  # resized by its short side a line would fill the memory
+            image = TF.center_crop(image, [min(side, limit) for side in image.shape[1:]])
         return image, int(self.labels[index]) if self.labels is not None else -1
 
 
@@ -358,7 +361,7 @@ def read_image(path, size=None):
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error}; the variable MAX_IMAGE_PIXELS, set to the pixels of "
                          "your largest image, allows it") from error
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+    except (OSError, SyntaxError, ValueError, MemoryError, RuntimeError) as error:
         why = isinstance(error, UnidentifiedImageError) and foreign(path)
         raise ValueError(f"{path} cannot be read as an image ({why or repr(error)}): replace or "
                          "remove the file") from error
@@ -398,7 +401,7 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
     SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
     folder of images, flat or nested; of ImageNet's layout train/ is taken, or for "val" the first
     of val/, valid/, validation/, test/ (labels: eval/data.py). Empty: $IMAGENET or data/imagenet.
-    Raises FileNotFoundError or ValueError with what is missing; the first image is read to be sure.
+    Raises FileNotFoundError or ValueError with what is missing, or if no image can be read.
     """
     if spec in ("scenes", "cifar10"):
         return built_in_data(spec, split, img_size, num_scenes)
@@ -415,7 +418,7 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
     if folder == root and split != "pretrain":
         raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class")
     images = Images(list_images(folder), name=str(folder))
-    read_image(images.path(0))
+    readable(images, 0)  # raises now
     return images
 
 
@@ -485,16 +488,20 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        for place in range(index, index + 10):
-            try:
-                sample = self.images[place % len(self.images)]
-                break
-            except ValueError as error:
-                if place == index + 9:
-                    raise
-                sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
+        sample = readable(self.images, index)
         torch.default_generator.manual_seed(seed_for(self.seed, "sample", epoch, index))
         return self.transform(*sample)
+
+
+def readable(images, index):
+    """images[index], or the first after it that can be read. Raises ValueError after ten."""
+    for place in range(index, index + 10):
+        try:
+            return images[place % len(images)]
+        except ValueError as error:
+            if place == index + 9:
+                raise
+            sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
 
 
 def micro_batch_keys(num_images, plan, dist, seed, start, stop):
@@ -529,9 +536,9 @@ def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (images.float() / 255 - mean) / std
 
 
-def unnormalise(images):
+def unnormalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Normalised images (B, 3, H, W) back to the range 0..1."""
-    mean, std = (images.new_tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (images.new_tensor(value)[:, None, None] for value in (mean, std))
     return images * std + mean
 
 
@@ -1191,7 +1198,7 @@ def run_main(main):
         if not re.search("MemoryError|out of memory|allocate memory|enough memory", repr(error)):
             raise
         message = ("out of memory: the same command with half the --micro_batch goes on from the "
-                   "last checkpoint, with the same global batch")
+                   "last checkpoint, with the same global batch; without training: --batch_size")
     time.sleep(3 * (rank > 0))
     print(f"error: {message}" + (f" [process {rank}]" if rank else ""), file=sys.stderr, flush=True)
     # Of several processes one that fails must end at once: to clean up is to wait for the others.

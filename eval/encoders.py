@@ -10,13 +10,13 @@
     mmpretrain                            patch_embed.projection.weight      `MMPRETRAIN`
     transformers: ViT, ViTMAE             embeddings.patch_embeddings. ...   `HF_NAMES`, `joined_qkv`
 
-A new format needs a few more lines in `to_timm`: everything after it knows timm's names only. The encoder may
-lie at any depth and under any prefix: its patch embedding tells where. Sizes are inferred from shapes. What
-weights do not show, such as heads, mean and std, comes from the file, from config.json and
+A new format needs a few more lines in `to_timm`: everything after it knows timm's names only. The encoder
+may lie at any depth and under any prefix: its patch embedding tells where. Sizes are inferred from shapes.
+What weights do not show, such as heads, mean and std, comes from the file, from config.json and
 preprocessor_config.json beside it, or from the caller; otherwise it is assumed and said, or demanded.
-The position table is that of the file, as two orders of the sin-cos table are in use; for another image size
-it is resized, but the 1-D sinusoid of Beyond Masking is computed again: its fast channels pass through more
-than a full period per row of patches, so interpolation makes no sense there.
+The position table is that of the file, as two orders of the sin-cos table are in use; for another image
+size it is resized, but the 1-D sinusoid of Beyond Masking is computed again: its fast channels pass through
+more than a full period per row of patches, so interpolation makes no sense there.
 A missing part is an error, and so is one that ViT does not have: the features would be plausible and wrong.
 Only what is known to be no part of an encoder (`OTHERS`) is ignored, and said.
 Dimension key: D width, P x Q size of a patch, N patches, h x w grid of patches; N', h', w' after a resize.
@@ -36,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.encoders`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.encoders`")
 import common
 
 # Where an encoder lies: before these names.
@@ -44,11 +44,12 @@ KERNELS = ("patch_embed.proj.weight", "patch_embed.projection.weight",
            "embeddings.patch_embeddings.projection.weight")
 # How the names of a ViT begin.
 OWN = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-# How names begin that are no part of an encoder: heads, decoders, mask tokens, other copies, optimisers.
+# How names begin that are no part of it: heads, decoders, mask tokens, other copies, optimisers.
 OTHERS = re.compile(
-    "head|classifier|fc|pre_logits|pooler|attn_pool|neck|decode|mask_|regress|rd_pos|encoder_to_|proj_layers|"
-    "proj_weights|projector|predictor|prototypes|queue|dino_|ibot_|loss|criterion|logit_|text|auxiliary_|rpn|"
-    "roi_|bbox_|teacher|student|target_|momentum_|.*ema$|n_averaged|optimizer|scaler|.*scheduler|callbacks")
+    "head|classifier|fc|pre_logits|pooler|attn_pool|neck|decode|mask_|regress|rd_pos|encoder_to_|projector|"
+    "proj_layers|proj_weights|predictor|prototypes|queue|dino_|ibot_|loss|criterion|logit_|text|auxiliary_|"
+    "rpn|roi_|bbox_|teacher|student|target_|momentum_|.*ema$|n_averaged|optim|scaler|.*scheduler|callbacks")
+AVERAGED = re.compile(r"(^|[._])ema([._]|$)")  # where an averaged copy lies
 # What parts are that ViT does not compute.
 PARTS = {"reg": "register tokens", "storage": "register tokens", "dist": "a distillation token",
          "pre": "a norm before the blocks", "rope": "rotary positions", "rel": "relative positions",
@@ -60,7 +61,7 @@ def load_encoder(path, own_norm=False, key="", **override):
     `path` is a file or a folder; `key` names the weights of a file that holds several encoders. `override`
     replaces arguments of ViT: with another `img_size` the position table is resized (bicubic, without the
     class token's row); `in_chans=3` makes an encoder of grey images accept RGB; `num_heads`, `norm_eps`,
-    `mean`, `std`, which no weight shows, and `drop_path_rate` are free; all others must agree with the file.
+    `mean` and `std`, which no weight shows, and `drop_path_rate` are free; others must agree with the file.
     A fine-tuned file without the final norm is taken with `own_norm` only, for callers that do not use it.
     `vit.assumed` lists what nobody said. Prints what was loaded and ignored. Raises FileNotFoundError or
     ValueError."""
@@ -73,9 +74,10 @@ def load_encoder(path, own_norm=False, key="", **override):
         assumed = [name for name in ("num_heads", "mean") if name not in known | override]
         if "norm.weight" not in weights and "fc_norm.weight" in weights:
             if not own_norm:
-                raise ValueError("this is a fine-tuned classifier: its norm (fc_norm) comes after the mean of "
-                                 "the tokens, so the encoder has no final norm; eval.segment --head upernet, "
-                                 "eval.detect and eval.finetune --pool mean --fc_norm fresh need none")
+                raise ValueError("this is a fine-tuned classifier: its norm (fc_norm) comes after the mean "
+                                 "of the tokens, and the encoder has none at its end, as is needed here; "
+                                 "eval.segment --head upernet, eval.detect and eval.finetune --pool mean "
+                                 "--fc_norm fresh can do without")
             weights |= {"norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim)}
             assumed.append("norm")
         config, grid = infer_config(form, weights, known, override)
@@ -87,8 +89,8 @@ def load_encoder(path, own_norm=False, key="", **override):
         if (kernel.shape[1], vit.config["in_chans"]) == (1, 3):  # a third per colour: grey stays grey
             weights["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1) / 3  # (D, 3, P, Q)
         elif kernel.shape[1] != vit.config["in_chans"]:
-            raise ValueError(f"it reads images of {kernel.shape[1]} channels, {vit.config['in_chans']} are given: "
-                             f"its patch_embed.proj.weight is {list(kernel.shape)}")
+            raise ValueError(f"its images have {kernel.shape[1]} channels, and here they have "
+                             f"{vit.config['in_chans']} (patch_embed.proj.weight is {list(kernel.shape)})")
         ignored = [name for name in weights if name not in wanted]
         check_weights(weights, wanted, extra=[name for name in ignored if not OTHERS.match(name)])
     except ValueError as error:
@@ -111,36 +113,29 @@ def find_file(path):
 
 
 def read_state(path, key=""):
-    """A file as ({name: tensor} of the encoder and its head, names of everything else, what the file says of
-    its encoder that shapes do not show, the method that trained it or None). Raises ValueError unless one
-    encoder, or the one that `key` names, is in it, and for an unknown part beside it."""
+    """A file as ({name: tensor} of the encoder and its head, words for everything else, what the file says
+    of its encoder that shapes do not show, the method that trained it or None). Raises ValueError as
+    `find_encoder` does, and for a part beside the encoder that is not known to be another."""
     content = about = common.read_checkpoint(path)
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-    flat = dict(flatten(content))
-    roots = [name.removesuffix(kernel) for name in flat for kernel in KERNELS
-             if f".{name}".endswith(f".{kernel}")]
-    named = [root for root in roots if f"{root}.".startswith(f"{key}.")] if key else roots
-    # An averaged copy beside the raw weights is said, not taken.
-    chosen = [root for root in named if root in ("", key + ".") or "ema" not in root] or named
-    chosen = [root for root in chosen if root == ""] or chosen
-    if len(chosen) != 1 and (key or roots):
-        found = ", ".join(root.rstrip(".") or "the top" for root in roots) or "no key"
-        raise ValueError(f"{path} holds {len(roots)} encoders, under {found}: give one of them as --key, not "
-                         f"'{key}'")
-    root = chosen[0] if chosen else ""
-    state = {name.removeprefix(root): value for name, value in flat.items() if name.startswith(root)}
-    others = {name: words(name, root) for name in flat if not name.startswith(root)}
-    copies = {words(other, root) for other in roots}
-    odd = [name for name, word in others.items() if not OTHERS.match(word) and word not in copies]
-    if odd and not key and "kind" not in about:
-        raise ValueError(f"{path}: {odd[0]} is not known as a head, a decoder or another copy: if it is no part "
-                         f"of the encoder, give --key {root.rstrip('.')}")
+    flat, ours = dict(flatten(content)), "kind" in about
+    try:
+        root, roots = find_encoder(flat, key)
+        state = {name.removeprefix(root): value for name, value in flat.items() if name.startswith(root)}
+        others = {name: next_word(name, root) for name in flat if not name.startswith(root)}
+        copies = {next_word(other, root) for other in roots}
+        odd = [name for name, word in others.items() if not OTHERS.match(word) and word not in copies]
+        if odd and not key and not ours:
+            raise ValueError(f"{odd[0]} is not known as a head, a decoder or another copy: if it is no "
+                             f"part of the encoder, give --key {root.rstrip('.')}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     known = next((about[name] for name in ("encoder", "config") if isinstance(about.get(name), dict)), {})
-    known = {name: known[name] for name in ("num_heads", "img_size", "init_values", "norm_eps", "mean", "std")
-             if known.get(name)}
-    if "kind" in about:  # ours, of a time when the mean was not written
+    names = ("num_heads", "img_size", "init_values", "norm_eps", "mean", "std")
+    known = {name: known[name] for name in names if known.get(name)}
+    if ours:  # older files do not say it
         known = dict(mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD) | known
     return state, [*others.values()], known, about.get("method")
 
@@ -154,7 +149,22 @@ def flatten(content, path=""):
             yield re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", path + str(key)), value
 
 
-def words(name, root):
+def find_encoder(flat, key):
+    """(prefix of the encoder among the names, all prefixes of encoders). Raises ValueError unless there is
+    one, or one that `key` names; of raw weights and an averaged copy, the raw ones are taken."""
+    roots = [name.removesuffix(kernel) for name in flat for kernel in KERNELS
+             if f".{name}".endswith(f".{kernel}")]
+    named = [root for root in roots if not key or root.startswith(f"{key}.")]
+    raw = [root for root in named if not AVERAGED.search(root.rstrip("."))] if not key else named
+    chosen = [root for root in raw or named if root == ""] or raw or named
+    if len(chosen) != 1 and (key or chosen):
+        found = ", ".join(root.rstrip(".") or "no key" for root in roots) or "no key"
+        raise ValueError(f"it has weights of encoders under {found}: give one of them, as --key NAME"
+                         + f", not '{key}'" * bool(key))
+    return chosen[0] if chosen else "", roots
+
+
+def next_word(name, root):
     """The word of `name` at which it parts from the prefix `root`."""
     pairs = zip(name.split("."), [*root.split("."), ""])
     return next((word for word, own in pairs if word != own), name)
@@ -222,9 +232,9 @@ def joined_qkv(state):
     """A state dict in which query, key and value of a block are one layer, of q, k and v in this order."""
     joined = dict(state)
     for name in state:
-        if ".attn.query." in name:
-            parts = [joined.pop(name.replace("query", part), state[name]) for part in ("query", "key", "value")]
-            joined[name.replace("query", "qkv")] = torch.cat(parts)
+        names = [name.replace("query", part) for part in ("query", "key", "value")]
+        if ".attn.query." in name and set(names) <= state.keys():
+            joined[name.replace("query", "qkv")] = torch.cat([joined.pop(part) for part in names])
     return joined
 
 
@@ -280,7 +290,8 @@ def assumed_heads(form, dim):
     if dim in (1152, 1280, 1408, 1536, 1664):
         return 16  # SigLIP so400m, ViT-H, ViT-g, SigLIP giantopt, ViT-G
     if dim % 64 or dim > 1024:
-        raise ValueError(f"the number of heads cannot be inferred from a width of {dim}: give num_heads=")
+        raise ValueError(f"the number of heads cannot be inferred from a width of {dim}: give num_heads= "
+                         "(--num_heads)")
     return dim // 64
 
 
@@ -337,7 +348,9 @@ def report(path, form, vit, grid, ignored):
     new = [resized] * (grid != vit.grid) + ["final norm"] * ("norm" in vit.assumed)
     print(f"new      {', '.join(new) or 'nothing'}")
     counts = Counter(key.split(".")[0] for key in ignored)
-    print(f"ignored  {', '.join(f'{name} ({count})' for name, count in counts.items()) or 'nothing'}")
+    averaged = [f"; --key {name} takes averaged weights" for name in counts if AVERAGED.search(name)][:1]
+    words = ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing"
+    print("".join([f"ignored  {words}", *averaged]))
 
 
 # ---- for other projects --------------------------------------------------------------------------
@@ -345,7 +358,7 @@ def report(path, form, vit, grid, ignored):
 def export(vit, path, form="timm", **info):
     """Writes a `common.ViT` for other projects. "timm": a safetensors file with the keys of timm's
     VisionTransformer (num_classes=0), like a run's encoder.safetensors; `info` is added to its metadata.
-    "hf": a folder with model.safetensors, config.json and preprocessor_config.json, for which the last_hidden_state of
+    "hf": a folder with weights, config.json, preprocessor_config.json, for which the last_hidden_state of
     transformers.ViTModel.from_pretrained(path, add_pooling_layer=False) is what `vit` returns."""
     if form == "timm":
         return common.save_encoder(vit, path, **info)
@@ -399,7 +412,8 @@ def main(argv=None):
     if given.form == "timm" and not given.out.endswith(".safetensors"):
         raise ValueError(f"{given.out} should end in .safetensors")
     path = find_file(given.file)
-    method, flags = read_state(path, given.key)[-1], dict(num_heads=given.num_heads, img_size=given.img_size)
+    flags = dict(num_heads=given.num_heads, img_size=given.img_size)
+    method = read_state(path, given.key)[-1]
     vit = load_encoder(path, key=given.key, **{name: size for name, size in flags.items() if size})
     export(vit, given.out, given.form, **({"method": method} if method else {}))
     print(f"wrote    {given.out}")

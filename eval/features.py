@@ -8,7 +8,8 @@ cropped as in tests (`protocol.centre_view`). The file holds float32 tensors: `f
 final norm, by `--tokens` the mean of the patch tokens or the class token (n, D), patches in raster order
 (n, N, D), or all (n, [1+]N, D). With --layers it holds `layer_5` and so on instead, the outputs of these
 blocks before any norm, numbered from 0; -1 is the last. Images in class folders bring `labels` (n,). The
-metadata has a JSON text, "about": file names in the order of the rows, classes, the checkpoint's hash:
+metadata has a JSON text, "about": file names in the order of the rows, classes, the checkpoint's hash. A
+file that cannot be read is told and listed there, and its rows are NaN:
 
     with safetensors.safe_open("photos.safetensors", "pt") as file:
         features, about = file.get_tensor("features"), json.loads(file.metadata()["about"])
@@ -28,11 +29,11 @@ import torch
 from safetensors.torch import save_file
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.features`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.features`")
 import common
 from common import flag
-from eval.protocol import (EvalConfig, all_gather, append_result, centre_batches, check_finite, check_pool,
-                           only_main_prints, open_checkpoint, pool_tokens, sha256)
+from eval.protocol import (UNREADABLE, EvalConfig, all_gather, append_result, centre_batches, check_finite,
+                           check_pool, only_main_prints, open_checkpoint, pool_tokens, sha256)
 
 LIMIT, NAMES_LIMIT = 16 * 2**30, 90e6  # bytes; the header of a .safetensors file may have 100 MB
 
@@ -63,16 +64,18 @@ def feature_shape(config, vit):
 
 @torch.no_grad()
 def extract(vit, images, layers, config, dist):
-    """{name: features (n, *feature_shape) float32, on the CPU} of all images, in the main process."""
+    """{name: features (n, *feature_shape) float32, on the CPU} of all images, in the main process; NaN is
+    the row of an image that cannot be read."""
     share = len(range(dist.rank, len(images), dist.world))
     features = {name: torch.empty(share, *feature_shape(config, vit)) for name in layers}
     first, N = 0, math.prod(vit.grid)
-    for batch, _ in centre_batches(vit, images, config.batch_size, config, dist):
+    for batch, labels in centre_batches(vit, images, config.batch_size, config, dist, skip_bad=True):
         with common.autocast(dist.device, config.precision):
             outputs = vit.layers(batch, list(layers.values())) if config.layers else [vit(batch)]
         for name, tokens in zip(layers, outputs):  # (B, [1+]N, D)
             tokens = tokens[:, -N:] if config.tokens == "patches" else tokens
             chosen = check_finite(pool_tokens(tokens.float(), config.tokens, N))
+            chosen[labels == UNREADABLE] = math.nan
             features[name][first: first + len(batch)] = chosen.cpu()
         first += len(batch)
     # One layer after the other: the other processes hold no more than one.
@@ -111,18 +114,20 @@ def main(argv=None):
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {config.out} cannot be written there: give a folder of your own")
     with common.distributed(config.device) as dist, only_main_prints(dist):
-        print(cost, flush=True)
+        print(f"data     {len(images):,} images in {images.name}\n{cost}", flush=True)
         tensors = extract(vit, images, layers, config, dist)
         if dist.is_main:
+            bad = tensors[next(iter(layers))].flatten(1).isnan().any(dim=1).nonzero()[:, 0].tolist()
             tensors |= dict(labels=labels) if labels is not None else {}
             facts = dict(data=config.data, images=len(images), tokens=config.tokens, layers=list(layers),
-                         out=str(out), device=str(dist.device))
+                         out=str(out), device=str(dist.device), unreadable=[names[row] for row in bad])
             about = json.dumps(dict(
                 facts, kind="features", names=names, classes=list(classes), folder=images.name,
                 checkpoint=str(checkpoint), sha256=sha256(checkpoint), encoder=vit.config))
             common.write_atomically(out, lambda path: save_file(tensors, path, dict(about=about)))
             append_result("features", checkpoint, vit, config, started, **facts)
-            print(f"wrote {config.out}: {out.stat().st_size / 2**20:.1f} MiB")
+            print(f"wrote {config.out}: {out.stat().st_size / 2**20:.1f} MiB"
+                  + f", {len(bad)} rows are NaN: their images cannot be read" * bool(bad))
 
 
 if __name__ == "__main__":

@@ -43,14 +43,15 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.finetune`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.finetune`")
 import common
 from common import flag
-from eval.data import find_labelled
+from eval.data import find_labelled, find_train_and_val
 from eval.encoders import read_state
-from eval.protocol import (MEAN_COLOUR, CentreViews, EvalConfig, append_result, centre_view, check_classes,
-                           check_finite, check_pool, fit, layer_groups, only_main_prints, open_checkpoint,
-                           open_run, random_encoder, set_drop_path, sha256, share_loader)
+from eval.protocol import (MEAN_COLOUR, CentreViews, EvalConfig, Readable, append_result, centre_view,
+                           check_classes, check_finite, check_pool, fit, layer_groups, look_through,
+                           normalise, only_main_prints, open_checkpoint, open_run, random_encoder,
+                           set_drop_path, sha256, share_loader)
 
 # ---- recipes: `lr` is absolute, `base_lr` is per 256 images --------------------------------------
 
@@ -115,7 +116,7 @@ class Config(EvalConfig, common.TrainConfig):
 
 def with_recipe(config, path, vit):
     """(config with the recipe's values where none were typed, name of the recipe, origin of the lr)."""
-    method = read_state(path)[-1] if config.recipe == "auto" else config.recipe
+    method = read_state(path, config.key)[-1] if config.recipe == "auto" else config.recipe
     if method not in RECIPES:
         raise ValueError(f"{path} does not say which method trained it: give --recipe {', '.join(RECIPES)}")
     size = min(RECIPES[method], key=lambda size: abs(WIDTHS[size] - vit.config["embed_dim"]))  # [D4]
@@ -229,7 +230,7 @@ class Augment:
     """A training sample: a uint8 image to a normalised float32 one of the encoder's size, and its label.
     Erasing writes N(0, 1) per pixel and channel [T], so images are normalised here already."""
 
-    def __init__(self, config, size):
+    def __init__(self, config, size, mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD):
         bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
         steps = [v2.RandomResizedCrop(size, (config.crop_min, 1.0), interpolation=bicubic, antialias=True),
                  v2.RandomHorizontalFlip()]
@@ -237,7 +238,7 @@ class Augment:
             operation = v2.RandAugment(1, config.randaugment, 11, interpolation=bilinear, fill=MEAN_COLOUR)
             steps += [v2.RandomApply([operation], p=0.5)] * 2
         steps += [v2.ToDtype(torch.float32, scale=True),
-                  v2.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD),
+                  v2.Normalize(mean, std),
                   v2.RandomErasing(config.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")]
         self.steps = v2.Compose(steps)
 
@@ -272,7 +273,7 @@ def predictions(model, views, batch_size, config, dist):
     """Yields (logits (B, K), labels (B,)) on the device for this process's share of uint8 `views`."""
     model.eval()
     for images, labels in share_loader(views, batch_size, config, dist):
-        logits = model(common.normalise(images.to(dist.device, non_blocking=True)))  # (B, K)
+        logits = model(normalise(images, model.encoder, dist.device))  # (B, K)
         yield check_finite(logits, "the classifier gives numbers"), labels.to(dist.device)
 
 
@@ -297,23 +298,27 @@ def measured(folder):
 
 # ---- train, main ---------------------------------------------------------------------------------
 
-def preview(path, samples, mix, size):
+def preview(path, samples, mix, vit):
     """Draws a few training images as rows: centre view | augmented | augmented and mixed."""
-    plain = common.Samples(samples.images, lambda image, label: (centre_view(image, size), label), seed=0)
+    view, statistics = lambda image, label: (centre_view(image, vit.img_size), label), vit.config
+    plain = common.Samples(samples.images, view, seed=0)
     views, (images, labels) = common.preview_batch(plain)[0] / 255, common.preview_batch(samples)
     torch.manual_seed(0)
-    rows = zip(views, *(common.unnormalise(batch) for batch in (images, mix(images, labels)[0])))
+    rows = zip(views, *(common.unnormalise(batch, statistics["mean"], statistics["std"])
+                        for batch in (images, mix(images, labels)[0])))
     common.save_panels(path, list(rows), ["centre view", "augmented", "and mixed"],
                        "1st: as in tests.  3rd: as in training.")
 
 
 def train(config, run, dist, vit, digest):
     """Fine-tuning with tests after each epoch. Returns the facts of the result line, at the end."""
-    images, val = (find_labelled(config.data, split, vit.img_size[0]) for split in ("train", "val"))
-    check_classes(images, val)
+    images, val, sets = find_train_and_val(config.data, vit.img_size[0])
+    if not run.start:  # a bad test image is told before the training
+        look_through(Readable(val), "reading", config, dist)
     images = low_shot(images, config)
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, dist.world)
-    samples = common.Samples(images, Augment(config, vit.img_size), config.seed)
+    augment = Augment(config, vit.img_size, vit.config["mean"], vit.config["std"])
+    samples = common.Samples(images, augment, config.seed)
     mix = make_mix(config, len(val.classes))
     criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     model = build(config, vit, len(val.classes)).to(dist.device)
@@ -324,11 +329,11 @@ def train(config, run, dist, vit, digest):
     common.compile_blocks(config, dist.device, vit.blocks)
     groups = layer_groups(model, vit, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    data = f"{len(images):,} images in {images.name}, {len(val):,} in {val.name}"
+    data = sets if config.fraction == 1 else f"{len(images):,} of {sets}"
     common.describe(dict(model=f"{len(val.classes)} classes"), config, model, plan, dist, data, run.folder)
     run.begin(dist, plan, samples, model, optimizer)
     if dist.is_main:
-        preview(run.folder / "preview.png", samples, mix, vit.img_size)
+        preview(run.folder / "preview.png", samples, mix, vit)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
     if run.start and run.start % plan.steps_per_epoch == 0 and run.start not in measured(run.folder):
         test(tested, val, run.start, plan, config, run, dist)  # the run was killed between save and test
@@ -371,20 +376,24 @@ def test(model, val, step, plan, config, run, dist):
 def eval_only(config, dist, started):
     """--eval_only: the accuracy of a finished run, as a line of eval.jsonl beside its last.pt."""
     model, classes, state, path = load_classifier(config.checkpoint)
-    val = find_labelled(config.data, "val", model.encoder.img_size[0])
+    val = find_labelled(config.data, "val", model.encoder.img_size[0], classes)
     check_classes(common.Images([], classes=classes, name=f"the classifier {path}"), val)
     result = evaluate(model.to(dist.device), val, config.micro_batch or 256, config, dist)
     if dist.is_main:
         append_result("finetune", path, model.encoder, config, started, **result, step=state["step"],
                       trained_as=state["config"], val=val.name, val_images=len(val),
                       device=str(dist.device))
-        print(f"fine-tuned classifier: {result['accuracy']:.2f} %, top 5 {result['top5']:.2f} %")
+        print(f"fine-tuned classifier: {result['accuracy']:.2f} %, top 5 {result['top5']:.2f} % of "
+              f"{len(val):,} images in {val.name}")
 
 
 def run_or_resume(config, dist, started):
     """Fine-tunes, from the start or from where the run in --out stopped; appends the result line."""
-    path, vit = open_checkpoint(config)
+    path, vit = open_checkpoint(config, own_norm=True)
     config, row, origin = with_recipe(config, path, vit)
+    if "norm" in vit.assumed and (config.pool == "cls" or config.fc_norm == "encoder"):
+        raise ValueError(f"{path} is a fine-tuned classifier without the encoder's final norm: give --pool "
+                         "mean --fc_norm fresh, which need none")
     name = path.parent.name if path.name in ("encoder.safetensors", "last.pt") else path.stem
     if config.random_init:
         vit, name = random_encoder(vit, config.seed), name + "_random"

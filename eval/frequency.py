@@ -26,11 +26,10 @@ import torch
 from einops import rearrange
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.frequency`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.frequency`")
 import common
 from common import flag
 from eval import plot
-from eval.data import find_labelled
 from eval.protocol import EvalConfig, append_result, centre_batches, open_checkpoint, random_encoder
 
 
@@ -74,9 +73,11 @@ def pick_images(images, count):
 def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
     checkpoint, vit = open_checkpoint(config)
-    images = pick_images(find_labelled(config.data, "val", vit.img_size[0]), config.images)
+    images = pick_images(common.find_data(config.data, "val", vit.img_size[0]), config.images)
     encoders = dict(random_init=random_encoder(vit, config.seed), encoder=vit)
     with common.distributed(config.device) as dist:
+        if dist.is_main:
+            print(f"data     {len(images):,} of the images in {images.name}", flush=True)
         rows = {name: curves(encoder, images, config, dist).tolist() for name, encoder in encoders.items()}
         if not dist.is_main:
             return

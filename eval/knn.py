@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.knn`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.knn`")
 import common
 from common import flag
-from eval.data import find_labelled
-from eval.protocol import (EvalConfig, all_gather, append_result, check_classes, check_pool, frozen_tokens,
-                           open_checkpoint, random_encoder)
+from eval.data import find_train_and_val
+from eval.protocol import (EvalConfig, all_gather, append_result, check_pool, frozen_tokens,
+                           only_main_prints, open_checkpoint, random_encoder)
 
 NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07
 BLOCK = 128  # test images at once: their similarities to all of ImageNet take 0.7 GB
@@ -73,11 +73,11 @@ def main(argv=None):
     config, started = common.parse_config(Config, __doc__, argv=argv), time.perf_counter()
     checkpoint, vit = open_checkpoint(config)
     check_pool(config.pool, vit, checkpoint)
-    train, val = (find_labelled(config.data, split, vit.img_size[0]) for split in ("train", "val"))
-    check_classes(train, val)
+    train, val, sets = find_train_and_val(config.data, vit.img_size[0])
     encoder = random_encoder(vit, config.seed) if config.random_init else vit
     weights = "random init" if config.random_init else "pre-trained"
-    with common.distributed(config.device) as dist:
+    with common.distributed(config.device) as dist, only_main_prints(dist):
+        print(f"data     {sets}", flush=True)
         percent = knn(encoder, train, val, config, dist)
         if dist.is_main:
             append_result("knn", checkpoint, vit, config, started, data=config.data, train=train.name,

@@ -43,12 +43,13 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.linear_probe`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.linear_probe`")
 import common
 from common import flag
-from eval.data import find_labelled
-from eval.protocol import (EvalConfig, all_gather, append_result, check_classes, check_finite, check_pool,
-                           frozen_tokens, open_checkpoint, pool_tokens, random_encoder, sha256)
+from eval.data import find_train_and_val
+from eval.protocol import (EvalConfig, Readable, all_gather, append_result, check_finite, check_pool,
+                           frozen_tokens, look_through, normalise, only_main_prints, open_checkpoint,
+                           pool_tokens, random_encoder, sha256)
 from eval.ridge import RIDGE, ridge_probe
 
 
@@ -195,7 +196,6 @@ def train(config, vit, pool, probes, images, run, dist, digest):
         lr = ", ".join(f"{rate:g} x {plan.batch_size} / 256 = {peak:g}"
                        for rate, peak in zip(config.base_rates, peaks))
         print(f"probe    {'random' if config.random_init else 'pre-trained'} encoder, pool {pool}\n"
-              f"data     {len(images):,} images of {len(images.classes)} classes in {images.name}\n"
               f"lr       {lr}\n"
               f"batch    {plan.batch_size} = {dist.world} processes x {plan.accumulation} micro batches x "
               f"{plan.micro_batch} images\n"
@@ -213,7 +213,7 @@ def train(config, vit, pool, probes, images, run, dist, digest):
         features, labels = [], []
         for views, micro_labels in run.micro_batches():
             with torch.no_grad(), common.autocast(dist.device, config.precision):
-                tokens = vit(common.normalise(views.to(dist.device, non_blocking=True)))  # (m, [1+]N, D)
+                tokens = vit(normalise(views, vit, dist.device))  # (m, [1+]N, D)
             features.append(check_finite(pool_tokens(tokens.float(), pool, math.prod(vit.grid))))
             labels.append(micro_labels)
         features = torch.stack(features)  # (A, m, D) or (A, m, [1+]N, D)
@@ -270,10 +270,12 @@ def main(argv=None):
     check_pool(config.pool, vit, checkpoint)
     usual = "cls" if lars and vit.cls_token is not None else "mean"  # [D3]
     pool = "attention" if config.attentive else usual if config.pool == "auto" else config.pool
-    images, val = (find_labelled(config.data, split, vit.img_size[0]) for split in ("train", "val"))
-    check_classes(images, val)
-    with common.distributed(config.device) as dist:
+    images, val, sets = find_train_and_val(config.data, vit.img_size[0])
+    with common.distributed(config.device) as dist, only_main_prints(dist):
+        print(f"data     {sets}", flush=True)
         if lars:
+            if not run.start:  # a bad test image is told before the training
+                look_through(Readable(val), "reading", config, dist)
             encoder = random_encoder(vit, config.seed) if config.random_init else vit
             facts, line = lars_probe(config, encoder, pool, sha256(checkpoint), images, val, run, dist)
         else:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.plot`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.plot`")
 import common
 
 # The panels with their axes, and the panel of a value in the log by the first word of its name.

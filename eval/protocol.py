@@ -38,7 +38,7 @@ MEAN_COLOUR = tuple(round(255 * value) for value in common.IMAGENET_MEAN)  # Ima
 class EvalConfig(common.MachineConfig):
     """The flags of every evaluation. Raises ValueError without a checkpoint."""
 
-    checkpoint: str = flag("", "a file (ours, timm, MAE, CAE v2 ...), or the folder of a run")
+    checkpoint: str = flag("", "a file (ours, timm, MAE, transformers ...), or the folder it is in")
     data: str = flag("", "a folder with train/ and val/ (a folder per class), `cifar10` or `scenes` "
                          "(default: $IMAGENET, otherwise data/imagenet)")
     img_size: int = flag(0, "pixels of the image's side (default: the encoder's own)")
@@ -99,17 +99,27 @@ def random_encoder(vit, seed):
     return random
 
 
-class CentreViews(torch.utils.data.Dataset):
-    """The images of a `common.Images` as tests see them, and their labels: (uint8 (3, H, W), label)."""
+UNREADABLE = -2  # a label; -1 is an image without one
 
-    def __init__(self, images, size, whole=True):
-        self.images, self.size, self.whole = images, size, whole
+
+class CentreViews(torch.utils.data.Dataset):
+    """The images of a `common.Images` as tests see them, and their labels: (uint8 (3, H, W), label).
+    `skip_bad`: an image that cannot be read is told, and is black with the label UNREADABLE."""
+
+    def __init__(self, images, size, whole=True, skip_bad=False):
+        self.images, self.size, self.whole, self.skip_bad = images, size, whole, skip_bad
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, label = self.images[index]
+        try:
+            image, label = self.images[index]
+        except ValueError as error:
+            if not self.skip_bad:
+                raise
+            sys.stderr.write(f"warning: {error}\n")
+            return torch.zeros(3, *self.size, dtype=torch.uint8), UNREADABLE
         return centre_view(image, self.size, self.whole), label
 
 
@@ -143,13 +153,15 @@ def frozen_tokens(vit, images, batch_size, config, dist, pool=None):
         yield pool_tokens(check_finite(tokens), pool, math.prod(vit.grid)), labels
 
 
-def centre_batches(vit, images, batch_size, config, dist):
+def centre_batches(vit, images, batch_size, config, dist, skip_bad=False):
     """Yields (normalised views (B, 3, H, W) on the device, labels (B,)) of this process's share, in order;
-    the encoder goes there too, in eval mode. Raises ValueError for fewer images than processes."""
+    the encoder goes there too, in eval mode. `skip_bad` as in `CentreViews`. Raises ValueError for fewer
+    images than processes."""
     if len(images) < dist.world:
         raise ValueError(f"{images.name} holds {len(images)} images, fewer than the {dist.world} processes")
     vit.eval().to(dist.device)
-    loader = share_loader(CentreViews(images, vit.img_size), batch_size, config, dist)
+    views = CentreViews(images, vit.img_size, skip_bad=skip_bad)
+    loader = share_loader(views, batch_size, config, dist)
     for batch, labels in tqdm(loader, images.name, leave=False, disable=None if dist.is_main else True):
         yield normalise(batch, vit, dist.device), labels
 
@@ -277,9 +289,10 @@ def append_result(kind, checkpoint, vit, config, started, **facts):
     repeat it. `started` is `time.perf_counter()` at the start. Call it in the main process only."""
     record = dict(
         kind=kind, **facts, checkpoint=str(checkpoint), sha256=sha256(checkpoint), encoder=vit.config,
-        assumed=getattr(vit, "assumed", None), exif=common.EXIF, view="torchvision uint8, bicubic antialias",
-        seconds=round(time.perf_counter() - started, 1),
-        torch=torch.__version__, torchvision=torchvision.__version__, pillow=PIL.__version__,
+        assumed=getattr(vit, "assumed", None), exif=common.EXIF,
+        view="torchvision uint8, bicubic antialias",
+        seconds=round(time.perf_counter() - started, 1), torch=torch.__version__,
+        torchvision=torchvision.__version__, pillow=PIL.__version__,
         processes=int(os.environ.get("WORLD_SIZE", 1)), flags=dataclasses.asdict(config),
         seed=config.seed, commit=common.commit(), command=" ".join(sys.argv))
     log = checkpoint.parent / "eval.jsonl"

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.robustness`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.robustness`")
 import common
 from common import flag
 from eval.finetune import load_classifier, predictions

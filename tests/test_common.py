@@ -8,6 +8,9 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import common
-from helpers import differences, write_images
+from helpers import ROOT, differences, write_images
 
 CPU = torch.device("cpu")
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4)
@@ -244,6 +247,81 @@ def test_images_of_files_and_of_a_tensor_and_every_kind_of_picture(tmp_path):
     assert torch.equal(images[3][0], images.pixels[3])
 
 
+def test_grey_of_more_than_8_bits_is_scaled_and_what_has_no_white_is_refused(tmp_path):
+    """65535 is white, or the largest value of the bits; a grey of 16 bits has the pixels of its 8-bit twin."""
+    grey = np.random.default_rng(0).integers(0, 256, (6, 9), dtype=np.uint8)
+    wide = grey.astype(np.uint16) * 257
+    swapped = Image.frombytes("I;16B", (9, 6), wide.astype(">u2").tobytes())
+    maxval = b"P5 9 6 4095\n" + np.round(grey * (4095 / 255)).astype(">u2").tobytes()
+    twelve = np.round(grey * (4095 / 255)).astype(np.uint16)
+    for name, image in {"a.png": Image.fromarray(wide), "b.tif": Image.fromarray(wide), "c.tif": swapped,
+                        "d.ppm": Image.fromarray(wide), "e.png": Image.fromarray(grey)}.items():
+        image.save(tmp_path / name)
+        assert common.read_image(tmp_path / name)[1].numpy().tolist() == grey.tolist(), name
+    (tmp_path / "f.ppm").write_bytes(maxval)
+    assert np.abs(common.read_image(tmp_path / "f.ppm")[0].numpy() - grey.astype(int)).max() <= 1
+    for tag, value, expected in ((262, 0, 255 - grey), (258, 12, grey)):  # min is white; 12 bits
+        image = Image.fromarray(wide if tag == 262 else twelve)
+        image.format, image.tag_v2 = "TIFF", {tag: value if tag == 262 else (value,)}
+        assert np.abs(np.asarray(common.eight_bits(image)).astype(int) - expected).max() <= (tag == 258)
+    for array in (wide.astype(np.int32), grey / np.float32(255)):
+        Image.fromarray(array).save(tmp_path / "g.tif")
+        with pytest.raises(ValueError, match=r"g\.tif cannot .*32 bits.*save them with 8 or 16"):
+            common.read_image(tmp_path / "g.tif")
+    image = Image.new("RGB", (9, 6))
+    image.format, image.tag_v2 = "TIFF", {277: 5}
+    with pytest.raises(ValueError, match="5 bands"):
+        common.eight_bits(image)
+
+
+@pytest.mark.parametrize("kind, options", [(".png", {}), (".tif", {}), (".webp", dict(lossless=True))])
+def test_an_exif_rotation_is_undone_unless_only_the_stored_size_is_the_annotations(tmp_path, kind, options):
+    picture = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    stored = {1: picture, 2: picture[:, ::-1], 3: picture[::-1, ::-1], 4: picture[::-1], 5: picture.swapaxes(0, 1),
+              6: np.rot90(picture), 7: np.rot90(picture.swapaxes(0, 1), 2), 8: np.rot90(picture, -1)}
+    for tag, array in stored.items():  # what a viewer does with the tag gives the picture
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        Image.fromarray(array.copy()).save(tmp_path / f"x{kind}", exif=exif, **options)
+        for size in (None, (6, 9), (7, 7)):
+            assert np.array_equal(common.read_image(tmp_path / f"x{kind}", size).permute(1, 2, 0), picture), tag
+        as_stored = common.read_image(tmp_path / f"x{kind}", (9, 6)).permute(1, 2, 0)
+        assert np.array_equal(as_stored, array if tag > 4 and kind != ".tif" else picture)  # PIL turns TIFF itself
+    broken = exif.tobytes()[:9] + b"\xff" * 4 + exif.tobytes()[13:]
+    Image.fromarray(picture).save(tmp_path / "y.webp", lossless=True, exif=broken)
+    assert np.array_equal(common.read_image(tmp_path / "y.webp").permute(1, 2, 0), picture)  # a broken tag is none
+
+
+@pytest.mark.parametrize("content, what", [
+    (b"<!DOCTYPE html>\n<html>", "a web page"), (b"\xef\xbb\xbf\n<html>", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer: `git lfs pull`"),
+    (b"\x1f\x8b\x08" + bytes(40), "an archive"), (b"Rar!\x1a\x07", "an archive"), (b"\x89HDF\r\n", "an HDF5"),
+    (b"Entry not found", "a text, b?'Entry not found'"), (b'{"error": "no"}\n', "a text"), (b"", "empty"),
+    (None, "a zip archive"), (bytes([90] + [0] * 7) + b'{"__metadata__":{}}', "a safetensors file")])
+def test_what_lies_where_weights_or_an_image_should_be_is_named(tmp_path, content, what):
+    for name, read in (("x.pth", common.read_checkpoint), ("x.png", common.read_image)):
+        if content is None:
+            with zipfile.ZipFile(tmp_path / name, "w") as archive:
+                archive.writestr("weights.txt", "none")
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as .*it is {what}") as caught:
+            read(tmp_path / name)
+        assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_images_too_large_for_pil_and_too_thin_to_resize(tmp_path, monkeypatch):
+    Image.new("L", (1, 12000), 9).save(tmp_path / "line.png")
+    assert common.Images([tmp_path / "line.png"])[0][0].shape == (3, 16, 1)  # its middle
+    assert common.Images(torch.zeros(1, 3, 4, 64, dtype=torch.uint8))[0][0].shape == (3, 4, 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    with pytest.raises(ValueError, match=r"line\.png: .*MAX_IMAGE_PIXELS.* allows it"):
+        common.read_image(tmp_path / "line.png")
+    run = subprocess.run([sys.executable, "-c", "import common; print(common.Image.MAX_IMAGE_PIXELS)"], text=True,
+                         cwd=ROOT, env=os.environ | dict(MAX_IMAGE_PIXELS="777"), capture_output=True)
+    assert run.stdout == "777\n"
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow's own remarks on damaged files
 @pytest.mark.parametrize("kind", [".png", ".jpg", ".webp", ".tif", ".bmp"])
 def test_no_broken_file_escapes_the_sentence(tmp_path, kind):
@@ -284,6 +362,35 @@ def test_folders_of_images(tmp_path, monkeypatch):
     assert found(spec="")[0] == "b/deep/00.JPEG" and found(spec="a") == ["a/00.png"]  # the flag wins
     monkeypatch.delenv("IMAGENET")
     assert found(spec=write_images(tmp_path / "data" / "imagenet", 2)) == found(spec="")
+
+
+def test_hidden_folders_links_and_other_endings(tmp_path, capsys, monkeypatch):
+    """Hidden is left out; a real folder is listed once, under its own name; what is left out is counted."""
+    for folder in ("a", "b/deep", ".git", "a/.thumbnails", "@eaDir", "b/@eaDir"):
+        write_images(tmp_path / "data" / folder, 1)
+    write_images(tmp_path / "outside" / "c", 1)
+    links = {"0": "a", "a/up": "..", "b/up": "..", "b/self": "deep", "out": "../outside", "out2": "../outside"}
+    for link, target in links.items():
+        (tmp_path / "data" / link).symlink_to(target)
+    (tmp_path / "outside" / "back").symlink_to("../data")
+    found = [os.path.relpath(path, tmp_path / "data") for path in common.list_images(tmp_path / "data")]
+    assert found == ["a/00.png", "b/deep/00.png", "out/c/00.png"] and capsys.readouterr().out == ""
+    for name in ("1.gif", "2.gif", "3.JFIF", "none", ".hidden.gif"):
+        (tmp_path / "data" / "a" / name).touch()
+    assert len(common.list_images(tmp_path / "data")) == 3
+    assert "left out 4 files of other endings in" in (out := capsys.readouterr().out)
+    assert ".gif (2)" in out and ".jfif (1)" in out and "no ending (1)" in out
+    monkeypatch.setenv("RANK", "1")  # one process says it
+    assert common.list_images(tmp_path / "data") and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "Validation", "test", "Testing"])
+def test_names_of_the_splits(tmp_path, val):
+    train = "Training" if val == "Testing" else "train"
+    for folder in {train, val, "test"}:
+        write_images(tmp_path / folder, 1)
+    assert common.find_data(str(tmp_path)).name == str(tmp_path / train)
+    assert common.find_data(str(tmp_path), "val").name == str(tmp_path / ("test" if val == "Testing" else val))
 
 
 def test_data_that_is_not_there(tmp_path, monkeypatch):

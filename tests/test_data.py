@@ -1,9 +1,11 @@
 """eval/data.py: labelled images of ImageNet's layout, validation folders with a list, built-in data."""
 
+import shutil
+
 import pytest
 
 import common
-from eval.data import find_labelled
+from eval.data import find_labelled, find_train_and_val
 from helpers import write_images
 
 
@@ -51,6 +53,9 @@ def flat(root, lines, name="LOC_val_solution.csv", classes=("n01", "n02", "n03")
 
 KAGGLE = ["ImageId,PredictionString", "01,n03 1 2 3 4 ", "00,n02 5 6 7 8 n02 1 2 3 4", "02,n01 1 2 3 4"]
 LISTS = [("LOC_val_solution.csv", KAGGLE), ("val.txt", ["00.JPEG 1", "01.JPEG 2", "02.JPEG 0"]),
+         ("a.csv", ["filename,label,split", "00.JPEG,n02,val", "01.JPEG,n03,val", "02.JPEG,n01,val"]),
+         ("a.csv", ["file;class", '"00.JPEG";"n02"', '"01.JPEG";"n03"', '"02.JPEG";"n01"']),
+         ("a.txt", [r"val\00.JPEG n02", r"val\01.JPEG n03", r"val\02.JPEG n01"]),
          ("labels.txt", ["val/00.JPEG\tn02", "val/01.JPEG\tn03", "", "val/02.JPEG\tn01"])]
 
 
@@ -60,6 +65,53 @@ def test_the_list_gives_names_or_indices_of_classes(tmp_path, name, lines):
     train, val = (find_labelled(root, split, 32) for split in ("train", "val"))
     assert val.classes == train.classes == ("n01", "n02", "n03")
     assert [val[index][1] for index in range(3)] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_saved_by_a_spreadsheet(tmp_path, encoding):
+    flat(tmp_path, ["00 n02"])
+    text = "name,label\r\n00.JPEG,n02\r\n01.JPEG,n03\r\n02.JPEG,n01\r\n"
+    (tmp_path / "val" / "LOC_val_solution.csv").write_bytes(text.encode(encoding))
+    assert find_labelled(str(tmp_path), "val", 32).labels.tolist() == [1, 2, 0]
+    (tmp_path / "val" / "LOC_val_solution.csv").write_bytes("00 n02\n01 n03\n02 é\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="solution.csv, line 3, is not in UTF-8"):
+        find_labelled(str(tmp_path), "val", 32)
+
+
+@pytest.mark.parametrize("line", ["my cat, old.JPEG n01", "my cat, old.JPEG,n01", "my cat, old;n01", "val/my cat, old n01",
+                                  '"my cat, old.JPEG","n01"', "my cat, old.JPEG\tn01"])
+def test_names_that_hold_the_separator(tmp_path, line):
+    flat(tmp_path, ["00 n02", "01 n03", line.replace(", ", " ") if line.endswith(" n01") else line], "val.txt")
+    name = "my cat old" if line.endswith(" n01") else "my cat, old"
+    (tmp_path / "val" / "02.JPEG").rename(tmp_path / "val" / f"{name}.JPEG")
+    val = find_labelled(str(tmp_path), "val", 32)
+    assert {val.path(index)[-8:-5]: val.classes[label] for index, label in enumerate(val.labels)} == {
+        "/00": "n02", "/01": "n03", "old": "n01"}
+
+
+def test_names_of_classes_need_no_training_folder_and_indices_those_of_a_classifier(tmp_path):
+    root = flat(tmp_path, ["00 n02", "01 n03", "02 n01"], "val.txt")
+    shutil.rmtree(tmp_path / "train")
+    assert find_labelled(root, "val", 32).classes == ("n01", "n02", "n03")
+    (tmp_path / "val" / "val.txt").write_text("00 1\n01 2\n02 0\n")
+    assert find_labelled(root, "val", 32, ("x", "y", "z")).classes == ("x", "y", "z")
+    with pytest.raises(ValueError, match="holds the class index 1, and the 0 folders"):
+        find_labelled(root, "val", 32)
+
+
+def test_a_single_class_is_none(tmp_path):
+    for split in ("train", "val"):
+        for label in "abc":
+            write_images(tmp_path / split / "images" / label, 1)
+            write_images(tmp_path / split / "images" / ".hidden", 1)
+        with pytest.raises(ValueError, match=rf"{split} holds one class, images, .* are a, b, c in it the classes"):
+            find_labelled(str(tmp_path), split, 32)
+        shutil.move(tmp_path / split / "images" / "a", tmp_path / split / "a")
+    train, val, line = find_train_and_val(str(tmp_path), 32)
+    assert line == f"3 images of 2 classes in {tmp_path}/train, 3 to test in {tmp_path}/val"
+    (tmp_path / "val" / "images").rename(tmp_path / "val" / "b")
+    with pytest.raises(ValueError, match="in one of them only: b, images"):
+        find_train_and_val(str(tmp_path), 32)
 
 
 def test_a_list_beside_the_folder(tmp_path):
@@ -81,6 +133,9 @@ def test_class_folders_named_by_numbers_are_names(tmp_path):
 @pytest.mark.parametrize("lines, match", [
     (["00 n01", "01 n02"], r"names 2 images and .*val holds 3; 02 is in the folder only"),
     (["00 n01", "01 n02", "02 n03", "03 n01"], r"names 4 images .* 03 is in the list only"),
+    (["00 n01", "", "01", "02 n02"], r"line 3, is no file name and class.*'01'"),
+    (["00 n01", "00 n02", "01 n01", "02 n02"], r"line 2, .* gives a file another class: '00 n02'"),
+    (["99.JPEG n01", "00 n01", "01 n02", "02 n03"], "99 is in the list only"),
     (["00 1", "01 2", "02 3"], r"class index 3, and the 3 folders of .*train are counted from 0")])
 def test_a_list_that_does_not_fit_is_refused(tmp_path, lines, match):
     with pytest.raises(ValueError, match=match):

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import common
@@ -194,6 +194,10 @@ def test_heads(tmp_path, capsys):
         assert load_encoder(path, **given).config["num_heads"] == heads
         assert ("heads (assumed)" in capsys.readouterr().out) == (not given)
     assert [assumed_heads("timm", dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
+    assert {assumed_heads("timm", dim) for dim in (1152, 1408, 1536, 1664)} == {16}
+    for dim in (48, 1792, 2048, 1088):
+        with pytest.raises(ValueError, match=f"{dim}: give num_heads="):
+            assumed_heads("timm", dim)
     assert [assumed_heads("CAE v2", dim) for dim in (192, 384, 768, 1024)] == [12, 12, 12, 16]
 
 
@@ -208,6 +212,8 @@ def refused(path, match, error=ValueError, **override):
 
 def test_other_models(tmp_path):
     refused(tmp_path, "no checkpoint at .*neither encoder.safetensors nor last.pt", FileNotFoundError)
+    refused(saved(tmp_path / "bands.pth", common.ViT(**SMALL, in_chans=10).state_dict()), "10 channels.* 3 ",
+            in_chans=3)
     for content in (timm.create_model("resnet10t").state_dict(), {}, {"model": {}}, {"model": "x", 3: 4}):
         refused(saved(tmp_path / "x.pth", content), "no vision transformer in a known format")
 
@@ -226,6 +232,8 @@ def test_a_part_is_missing(tmp_path, form, remove, match):
 
 @pytest.mark.parametrize("form, extra", [
     ("timm", "reg_token"), ("timm", "norm_pre.bias"), ("timm", "blocks.0.attn.q_norm.weight"),
+    ("timm", "register_tokens"), ("timm", "channel_embed"), ("timm", "storage_tokens"), ("timm", "x_tokens"),
+    ("mae", "pos_embed_spatial"), ("mae", "extra.weight"), ("mmpretrain", "backbone.ln_pre.bias"),
     ("mae", "rel_pos_bias.table"), ("run", "encoder.rope.freqs"), ("mmpretrain", "backbone.pre_norm.bias"),
     ("mmpretrain", "backbone.layers.0.gamma_1"), ("cae_v2", "encoder.blocks.0.attn.rel_pos_bias")])
 def test_a_part_that_vit_lacks(tmp_path, form, extra):
@@ -243,6 +251,110 @@ def test_overrides_that_do_not_fit(tmp_path):
         refused(path, match, **override)
     assert load_encoder(path, depth=2, drop_path_rate=0.1).config["depth"] == 2
     refused(saved(tmp_path / "x.pth", SOURCES["mae"]), "width of 48: give num_heads=")
+
+
+@pytest.mark.parametrize("extra, what", [
+    ("register_tokens", "register tokens"), ("reg_token", "register tokens"), ("dist_token", "distillation token"),
+    ("norm_pre.bias", "norm before the blocks"), ("blocks.0.attn.k_norm.bias", "norms of queries and keys")])
+def test_the_sentence_says_what_the_part_is(tmp_path, extra, what):
+    """Also where the table has a row for a second special token: no question about the image's size."""
+    table = torch.zeros(1, 18 if "token" in extra else 17, 64)
+    state = OURS | {extra: torch.zeros(1, 1, 64), "pos_embed": table}
+    refused(saved(tmp_path / "x.pth", state), f"does not compute, {extra} .*{what}")
+
+
+def test_a_fine_tuned_file_without_final_norm(tmp_path, capsys):
+    """timm's, and mmpretrain's, of which only the blocks can be used: `own_norm` takes it with a new norm."""
+    model, path = timm_file(tmp_path, class_token=False, global_pool="avg", fc_norm=True, num_classes=5)
+    refused(path, "fine-tuned classifier: its norm .fc_norm. .*eval.segment", num_heads=4)
+    capsys.readouterr()
+    vit = load_encoder(path, own_norm=True, num_heads=4)
+    assert "new      final norm" in capsys.readouterr().out and vit.assumed[-1] == "norm"
+    [theirs] = model.forward_intermediates(IMAGES, indices=1, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(vit.layers(IMAGES, [-1])[0], theirs)
+    assert torch.equal(vit.norm.weight, torch.ones(64)) and not vit.norm.bias.any()
+    state = {key.replace(".ln1.", ".ln2.") if key.startswith("backbone.ln1") else key: value
+             for key, value in SOURCES["mmpretrain"]["state_dict"].items()}
+    refused(saved(tmp_path / "mm.pth", state), "fine-tuned classifier", num_heads=4)
+    assert load_encoder(tmp_path / "mm.pth", own_norm=True, num_heads=4).norm.weight.eq(1).all()
+
+
+# -- where the encoder lies, and what is said of it beside the weights
+
+
+def at(prefix, add=0.0):
+    return {f"{prefix}{key}": value + add for key, value in OURS.items()}
+
+
+@pytest.mark.parametrize("content, key, add", [
+    ({"student": at("module.backbone.", 1), "teacher": at("backbone.", 2), "epoch": 1}, "teacher", 2),
+    ({"student": at("module.backbone.", 1), "teacher": at("backbone.", 2)}, "student.backbone", 1),
+    ({"encoder": at("module.", 1), "target_encoder": at("module.", 2), "opt": {"state": {}}}, "target_encoder", 2),
+    ({"teacher": at("backbone.", 3)}, "", 3), ({"model_ema": at("", 3)}, "", 3), (at("net.", 3), "", 3),
+    ({"a": {"b": {"state_dict": at("model.backbone.", 3)}}}, "", 3), (at("student.", 1) | at("teacher.", 2), "student", 1),
+    ({"state_dict": at("", 1), "state_dict_ema": at("", 2)}, "", 1),
+    ({"model": at("", 1), "model_ema": at("", 2)}, "model_ema", 2)])
+def test_weights_that_lie_deeper(tmp_path, capsys, content, key, add):
+    path = saved(tmp_path / "x.pth", content)
+    vit = load_encoder(path, key=key)
+    assert all(torch.equal(vit.state_dict()[name], value + add) for name, value in OURS.items())
+    averaged = "; --key state_dict_ema takes averaged weights" in capsys.readouterr().out
+    assert averaged == ("state_dict_ema" in content)
+    if key and "ema" not in key:
+        refused(path, f"{key}.*give one of them, as --key NAME")
+        refused(path, f"{key}.*not 'other'", key="other")
+
+
+def test_an_unknown_part_beside_the_encoder(tmp_path):
+    path = saved(tmp_path / "x.pth", {"model": at("backbone.") | {"extra_embed": torch.zeros(64)}})
+    refused(path, "model.extra_embed is not known .*--key model.backbone")
+    assert load_encoder(path, key="model.backbone").config["embed_dim"] == 64
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "ViTForImageClassification", "ViTMAEForPreTraining"])
+def test_transformers_folders(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig if "MAE" in name else transformers.ViTConfig
+    model = getattr(transformers, name)(config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=32, patch_size=8,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, mask_ratio=0.0)).eval()
+    model.save_pretrained(tmp_path)
+    processor = dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.5, 0.4])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    noise = dict(noise=torch.arange(16.0).expand(2, 16)) if "MAE" in name else {}
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        vit = load_encoder(path)
+        body = getattr(model, "vit", model)
+        close(vit(IMAGES), body(IMAGES, **noise).last_hidden_state)
+        assert (vit.config["mean"], vit.config["std"]) == tuple(processor.values()) and vit.assumed == []
+    export(vit, tmp_path / "hf", "hf")
+    again = load_encoder(tmp_path / "hf")
+    assert again.config == vit.config and again.assumed == [] and torch.equal(again(IMAGES), vit(IMAGES))
+    changed = json.loads((tmp_path / "config.json").read_text()) | dict(hidden_act="gelu_new")
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    refused(tmp_path / "model.safetensors", "hidden_act gelu_new")
+    (tmp_path / "config.json").write_text("<html>")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        load_encoder(tmp_path)
+
+
+def test_timms_download_and_our_file_say_mean_and_std(tmp_path, capsys):
+    folder, config = tmp_path / "timm", dict(architecture="vit", num_features=64, pretrained_cfg=dict(
+        mean=[0.5] * 3, std=[0.25] * 3))
+    folder.mkdir()
+    save_file(OURS, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    vit = load_encoder(folder, num_heads=4)
+    assert (vit.config["mean"], vit.config["std"], vit.assumed) == ([0.5] * 3, [0.25] * 3, [])
+    export(vit, tmp_path / "own" / "encoder.safetensors")
+    assert load_encoder(tmp_path / "own").config == vit.config
+    config["num_features"] = 32  # of another model
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    vit = load_encoder(folder)
+    assert vit.config["mean"] == list(common.IMAGENET_MEAN) and vit.assumed == ["num_heads", "mean"]
+    assert "1 heads (assumed)" in (out := capsys.readouterr().out) and "0.225] (assumed)" in out
+    assert load_encoder(folder, mean=[0.0] * 3, std=[1.0] * 3, num_heads=4).assumed == []
 
 
 # -- for other projects

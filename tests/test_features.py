@@ -80,6 +80,23 @@ def test_two_processes_write_the_same_file(place):
     assert about["names"] == NAMES
 
 
+def test_an_image_that_cannot_be_read_is_told_and_its_row_is_nan(place, capsys):
+    folder, flags = place
+    assert call(*flags, main=main) == 0
+    whole = read(folder / "f.safetensors")[0]["features"]
+    for name in ("b/01.png", "a/deep/00.png"):  # also the first of all
+        path = folder / "photos" / name
+        path.write_bytes(path.read_bytes()[:300])
+    assert call(*flags, main=main) == 0
+    captured, (found, about) = capsys.readouterr(), read(folder / "f.safetensors")
+    assert "warning: " in captured.err and "01.png cannot be read" in captured.err
+    assert "2 rows are NaN" in captured.out and about["unreadable"] == ["a/deep/00.png", "b/01.png"]
+    assert found["features"].isnan().all(1).tolist() == [True, False, False, True, False, False, False]
+    good = [1, 2, 4, 5, 6]
+    torch.testing.assert_close(found["features"][good], whole[good], rtol=0, atol=1e-6)
+    assert found["labels"].tolist() == [0, 0, 1, 1, 1, 2, 2]
+
+
 def test_a_flat_folder_has_no_labels_and_another_size_is_a_flag(place, capsys):
     folder, flags = place
     flags[3] = write_images(folder / "flat", 4)

@@ -342,7 +342,7 @@ def test_class_lists_must_be_equal_and_features_finite(place, capsys):
 
 @pytest.mark.parametrize("name", ["linear_probe", "knn", "features", "frequency", "plot"])
 def test_a_script_started_as_a_file_says_how_to_start_it(name):
-    with pytest.raises(SystemExit, match=f"^error: start it as `python -m eval.{name}`$"):
+    with pytest.raises(SystemExit, match=f"^error: start it in the folder of common.py as `python -m eval.{name}`$"):
         runpy.run_path(ROOT / "eval" / f"{name}.py", run_name="__main__")
 
 

@@ -111,6 +111,12 @@ def test_a_checkpoint_and_a_random_encoder_of_its_shape(tmp_path, capsys, monkey
     _, larger = open_checkpoint(config(checkpoint=str(tmp_path), img_size=96, num_heads=4))
     assert larger.img_size == (96, 96) and larger.config["num_heads"] == 4
     assert capsys.readouterr().out == ""
+    for name, (mean, std) in protocol.STATISTICS.items():
+        _, other = open_checkpoint(config(checkpoint=str(tmp_path), mean_std=name))
+        images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+        expected = (1 - torch.tensor(mean)) / torch.tensor(std)
+        assert torch.allclose(protocol.normalise(images, other, "cpu")[0, :, 0, 0], expected) and other.assumed == []
+        assert random_encoder(other, 0).config["mean"] == list(mean)
     first, again, other = (random_encoder(vit, seed).cls_token for seed in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
 

@@ -187,6 +187,20 @@ def test_the_same_command_and_another_one(script, unbroken, tmp_path, capsys):
         assert script(out, "--fresh", "--max_steps=1") == 0 and load(tmp_path / f"moved-{number}")["step"] == 1
 
 
+@each(quick=("mfm_mae",))
+def test_a_second_run_in_the_folder_stops_at_once(script, tmp_path):
+    """While the first one goes on, and is not disturbed; a killed one leaves nothing to clean up."""
+    first = script.start(tmp_path, "--workers=1")
+    wait_for(first, (tmp_path / "last.pt").exists)
+    code, _, err = finish(script.start(tmp_path))
+    assert code == 1 and f"a run is going on in {tmp_path}, process {first.pid} on " in sentence(err)
+    first.kill()
+    first.communicate()
+    stopped = load(tmp_path)["step"] + 2  # although a worker of it may live a little longer
+    code, _, err = finish(script.start(tmp_path, f"--max_steps={stopped}"))
+    assert code == 0 and steps(tmp_path) == list(range(1, stopped + 1)), err
+
+
 @each()
 def test_what_is_written(script, unbroken):
     """Plain data, so that torch's default loader reads it; of the methods a ViT that is the trained encoder."""
