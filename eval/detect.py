@@ -5,7 +5,8 @@
     python -m demo.scenes runs/coco_scenes;  python -m eval.detect --demo --checkpoint runs/cae_v2_demo
 
 The same command resumes; the run's folder is runs/detect. Needs pycocotools (our extra `det`). COCO is a
-folder with annotations/instances_{train,val}*.json and the images in train*/ and val*/.
+folder with annotations/instances_{train,val}*.json and the images in train*/ and val*/. Photos are turned
+upright, unless their height and width there fit only the stored one.
 
     image (B, 3, S, S) -- ViT, in most blocks attention within windows -- (B, D, S/P, S/P)
       -- simple feature pyramid: strides P/4, P/2, P, 2P, 4P, each of C channels
@@ -28,12 +29,14 @@ FPN and 12 epochs: do not compare the numbers). Where [F] is silent, we decided:
 Dimension key: B batch, S input side, P patch side, N patches, D width, C channels, n objects, h x w map.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
 import functools
 import io
 import json
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -58,11 +61,12 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.detect`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.detect`")
 import common
 from common import flag
-from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, check_classes, fit, layer_groups,
-                           open_checkpoint, open_run, random_encoder, set_drop_path, share_loader)
+from eval.protocol import (MEAN_COLOUR, EvalConfig, Readable, append_result, check_classes, fit,
+                           layer_groups, look_through, normalise, open_checkpoint, open_run, random_encoder,
+                           read_annotated, set_drop_path, share_loader)
 
 BICUBIC, NEAREST = TF.InterpolationMode.BICUBIC, TF.InterpolationMode.NEAREST
 DEMO = dict(data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32,
@@ -120,6 +124,30 @@ def decode_mask(code, height, width):
     return mask.decode(mask.merge(code) if isinstance(code, list) else code)
 
 
+def unpacked(text):
+    """The run lengths in COCO's compressed text: 5 bits a character, the low ones first, then a sign; from
+    the fourth on, differences to the last but one. Empty for any other text."""
+    counts, words = [], re.findall("[P-o]*[0-O]", text)
+    for word in words:
+        value = sum((ord(sign) - 48 & 31) << 5 * place for place, sign in enumerate(word))
+        value -= (word[-1] >= "@") << 5 * len(word)
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts if "".join(words) == text else []
+
+
+def clean_mask(code, height, width):
+    """COCO's code of a mask without the polygons of fewer than 3 points, which pycocotools refuses or, of
+    4 numbers, takes for a box. None for what is no mask of height x width pixels."""
+    with contextlib.suppress(TypeError, ValueError, KeyError):
+        if isinstance(code, list):
+            code = [polygon[: len(polygon) // 2 * 2] for polygon in code if len(polygon) >= 6]
+            points = [np.abs(polygon) for polygon in code]
+            return code if all(p.ndim == 1 and (p < 1e6).all() for p in points) and code else None
+        counts = unpacked(code["counts"]) if isinstance(code["counts"], str) else code["counts"]
+        if code["size"] == [height, width] and sum(counts) == height * width:
+            return code if all(type(count) is int and count >= 0 for count in counts) else None
+
+
 class CocoImages(torch.utils.data.Dataset):
     """The split "train" or "val" of a COCO set: `[index]` is (image (3, h, w) uint8, target).
     target: image_id, boxes (n, 4) float32 as x0 y0 x1 y1 in pixels, labels (n,) int64 from 1 (0 is the
@@ -134,25 +162,53 @@ class CocoImages(torch.utils.data.Dataset):
         try:
             self.index(json.loads(path.read_bytes()), split)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be used as COCO annotations: {error!r}") from error
-        self[0]  # raises now, where the images are not there
+            why = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{path} cannot be used as COCO annotations: {why}") from error
 
     def index(self, content, split):
-        """Checks the content of an annotation file and makes a record per image."""
+        """Checks the whole content of an annotation file and makes a record per image."""
+        for part, key in (("categories", "id"), ("images", "id"), ("images", "file_name")):
+            counts = collections.Counter(one[key] for one in content[part])
+            if len(counts) < len(content[part]):
+                raise ValueError(f"several {part} have the {key} {counts.most_common(1)[0][0]!r}")
+            if len({*map(type, counts)}) > 1:  # COCOeval sorts them
+                raise ValueError(f"the {key} of some {part} is a number, of others a text")
         names = {category["id"]: category["name"] for category in content["categories"]}
         self.category_ids = sorted(names)
         self.classes = tuple(names[category_id] for category_id in self.category_ids)
-        objects = {image["id"]: [] for image in content["images"]}
+        for image in content["images"]:
+            height, width = sides = image.get("height"), image.get("width")
+            if not all(type(side) is int and side > 0 for side in sides):
+                raise ValueError(f"{image['file_name']} has the height {height!r} and the width {width!r}: "
+                                 "numbers of pixels are expected")
+        lost = [name for name in counts if not (self.folder / str(name)).is_file()]
+        if lost:
+            raise FileNotFoundError(f"no file {self.folder}/{lost[0]}: of the {len(counts)} images that "
+                                    f"{self.name} lists, {len(lost)} are not there")
+        images = {image["id"]: image for image in content["images"]}
+        objects = {image_id: [] for image_id in images}
         for number, one in enumerate(content["annotations"], start=1):
-            box = one["bbox"]
-            if not (one["image_id"] in objects and one["category_id"] in names and one["segmentation"]
-                    and len(box) == 4 and np.isfinite(box).all() and min(box[2:]) >= 0):
-                raise ValueError(f"annotation {one.get('id', number)} is no object: {str(one)[:200]}")
-            # COCOeval takes the number 0 for "not found".
-            one.update(id=number, iscrowd=one.get("iscrowd", 0), area=one.get("area", box[2] * box[3]))
-            if not one["iscrowd"]:
+            name, code, crowd = one.get("id", number), one.get("segmentation"), one.get("iscrowd") or 0
+            try:
+                image, box = images[one["image_id"]], one["bbox"]
                 label = 1 + self.category_ids.index(one["category_id"])
-                objects[one["image_id"]].append((box, label, one["segmentation"]))
+                area = one.get("area") or box[2] * box[3]
+                good = len(box) == 4 and np.isfinite([*box, area]).all() and min(box[2:]) >= 0
+            except (ValueError, TypeError, LookupError):
+                good = False
+            if not good or crowd not in (0, 1):
+                raise ValueError(f"annotation {name} is no object: image and category of the file, bbox, "
+                                 f"area, and iscrowd 0 or 1 are expected, not {str(one)[:200]}")
+            height, width = image["height"], image["width"]
+            mask = clean_mask(code, height, width)
+            if mask is None:
+                raise ValueError(
+                    f"annotation {name} of {image['file_name']} has no mask of {height} x {width} pixels: "
+                    f"polygons of 3 points and more, or run lengths, are expected, not {str(code)[:80]}")
+            # COCOeval takes the number 0 for "not found".
+            one.update(id=number, iscrowd=crowd, area=area, segmentation=mask)
+            if not crowd:
+                objects[one["image_id"]].append((box, label, mask))
         if not any(objects.values()):
             raise ValueError("there is no object in it")
         # Bytes in one tensor: each worker would copy Python objects.
@@ -169,13 +225,11 @@ class CocoImages(torch.utils.data.Dataset):
     def __getitem__(self, index):
         record = self.records[self.ends[index]: self.ends[index + 1]].numpy().tobytes()
         image_id, file_name, height, width, objects = json.loads(record)
-        image = common.read_image(self.folder / file_name)
+        image = read_annotated(self.folder / file_name, (height, width), f"its entry in {self.name}")
         try:
             masks = [decode_mask(code, height, width) for _, _, code in objects]
         except Exception as error:  # whatever C and numpy raise
             raise ValueError(f"a mask of {file_name} in {self.name} cannot be decoded: {error}") from error
-        if {image.shape[1:], *(mask.shape for mask in masks)} != {(height, width)}:
-            raise ValueError(f"{self.folder / file_name} or a mask of it is not {height} x {width} pixels")
         boxes = torch.tensor([box for box, _, _ in objects]).float().reshape(-1, 4)  # (n, 4)
         return image, dict(
             image_id=image_id, boxes=box_convert(boxes, "xywh", "xyxy"),
@@ -185,9 +239,11 @@ class CocoImages(torch.utils.data.Dataset):
 
 def jitter(config, image, target):
     """Large-scale jitter to a square (3, S, S), and flip [D5]."""
-    size = (config.img_size, config.img_size)
+    size, (h, w) = (config.img_size, config.img_size), image.shape[1:]
+    scale = config.scale_min + torch.rand(1) * (config.scale_max - config.scale_min)
+    scale = scale * min(size[0] / h, size[0] / w)
     transform = v2.Compose([
-        v2.ScaleJitter(size, (config.scale_min, config.scale_max), BICUBIC),
+        v2.Resize([max(1, int(side * scale)) for side in (h, w)], BICUBIC),  # ScaleJitter would give 0 rows
         v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: MEAN_COLOUR, "others": 0}),
         v2.RandomHorizontalFlip()])
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:],
@@ -331,7 +387,7 @@ def detect(model, images, indices, config, dist):
     chosen, view = torch.utils.data.Subset(images, indices), functools.partial(whole, config.img_size)
     for inputs, targets in share_loader(chosen, config.micro_batch or 8, config, dist, view):
         with common.autocast(dist.device, config.precision):
-            detections = model(common.normalise(inputs.to(dist.device)), targets)
+            detections = model(normalise(inputs, model.encoder, dist.device), targets)
         for target, found in zip(targets, detections):
             yield target, {name: value.cpu() for name, value in found.items()}
 
@@ -426,7 +482,7 @@ def learning_rate(step, peak, warmup_steps, total_steps):
 
 def train(config, run, dist, started):
     """Fine-tuning from start to end, then the evaluation."""
-    path, vit = open_checkpoint(config)
+    path, vit = open_checkpoint(config, own_norm=True)  # a new one trains along
     images, val = CocoImages(config.data, "train"), CocoImages(config.data, "val")
     check_classes(images, val)
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, dist.world)
@@ -449,11 +505,13 @@ def train(config, run, dist, started):
     groups = layer_groups(model, vit, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, config.lr)
     samples = common.Samples(images, functools.partial(jitter, config), config.seed)
+    if not run.start:  # raises now, not after days
+        look_through(Readable(val), "test images", config, dist)
     run.begin(dist, plan, samples, model, optimizer, collate)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 
     def compute_loss(model, batch):
-        inputs = common.normalise(batch[0].to(dist.device, non_blocking=True))
+        inputs = normalise(batch[0], vit, dist.device)
         targets = [{name: x.to(dist.device) if torch.is_tensor(x) else x for name, x in target.items()}
                    for target in batch[1]]
         with common.autocast(dist.device, config.precision):

@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 
 import numpy as np
-import PIL
+import PIL.Image
 import torch
 import torchvision
 from torch import nn
@@ -133,6 +133,19 @@ def centre_view(image, size, whole=True):
     # The long side rounds down, as torchvision's Resize does.
     resized = [math.floor(side * scale + 1e-6) for side in (h, w)]
     return TF.center_crop(TF.resize(image, resized, TF.InterpolationMode.BICUBIC), [height, width])
+
+
+def read_annotated(path, size, annotation):
+    """An image file as (3, h, w) uint8 for an annotation of that `size`: turned upright by its EXIF tag, or
+    as stored, if it fits so alone. Raises ValueError, which calls the annotation so, for any other size."""
+    image, turned = common.read_image(path, size), ""
+    if image.shape[1:] != size:
+        with contextlib.suppress(Exception), PIL.Image.open(path) as file:  # a damaged tag turns nothing
+            turned = ", turned by its EXIF tag," * (file.getexif().get(0x0112) in range(2, 9))
+        (h, w), (height, width) = image.shape[1:], size
+        raise ValueError(f"{path}{turned} has {h} x {w} pixels, {annotation} {height} x {width}: they must "
+                         "be equal")
+    return image
 
 
 def share_loader(dataset, batch_size, config, dist, collate=None):

@@ -7,7 +7,8 @@
     crop (B, 3, H, W) - ViT - blocks 3, 5, 7, 11 - x4, x2, x1, x0.5 - UPerNet - logits (B, K, H, W)
 
 Data: images/{train,val}/X.jpg and annotations/{train,val}/X.png with a class id per pixel (`training` and
-`validation` will do), class names in classes.txt if there is one; or the built-in `scenes`.
+`validation` will do), class names in classes.txt if there is one; or the built-in `scenes`. All label maps
+are read before the first step. Photos are turned upright, unless their label map fits only the stored one.
 Training: as CAE v1 and v2 [code] and MAE, on which MFM builds; for Beyond Masking no recipe is known. Its
 folder is segment_HEAD beside the checkpoint. The same command resumes, on a CPU bit for bit (a GPU adds up
 gradients of resized maps in no fixed order). UPerNet has GroupNorm, and on several GPUs SyncBatchNorm.
@@ -30,9 +31,12 @@ Sources: [code] the authors' configurations. Where they are silent or we differ:
 Dimension key: B batch, D encoder width, C UPerNet's, K classes, N patches, H x W crop, h x w grid or image.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
+import sys
 import time
 import typing
 from pathlib import Path
@@ -47,11 +51,13 @@ from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 if not __package__:  # started by its file name, Python does not find common.py
-    raise SystemExit("error: start it as `python -m eval.segment`")
+    raise SystemExit("error: start it in the folder of common.py as `python -m eval.segment`")
 import common
 from common import flag
-from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, fit, layer_groups, open_checkpoint,
-                           open_run, random_encoder, set_drop_path, share_loader)
+from eval.data import read_text
+from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, fit, layer_groups, look_through,
+                           normalise, open_checkpoint, open_run, random_encoder, read_annotated,
+                           set_drop_path, share_loader)
 
 IGNORE = 255  # in label maps, once read: no class, no loss, no score
 RECIPES = {
@@ -107,15 +113,16 @@ class LabelMaps(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        image = self.images[index][0]
         if isinstance(self.maps, torch.Tensor):
-            return image, self.maps[index].int(), f"scene {index}"
+            return self.images[index][0], self.maps[index].int(), f"scene {index}"
         path = self.maps.path(index)
         try:
             with Image.open(path) as file:
-                return image, TF.pil_to_tensor(file).squeeze(0).int(), path
+                turn = common.exif_turn(file)
+                ids = TF.pil_to_tensor(file if turn is None else file.transpose(turn)).squeeze(0).int()
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a label map: {error}") from error
+        return read_annotated(self.images.path(index), ids.shape[-2:], f"its label map {path}"), ids, path
 
 
 def to_labels(image, ids, name, config):
@@ -148,13 +155,63 @@ def find_maps(config, split):
     if alone:
         raise ValueError(f"{(found[0] | found[1])[min(alone)]} has no partner in images/ or annotations/")
     file, count = root / "classes.txt", config.num_classes
-    lines = file.read_text().split("\n") if file.exists() else map(str, range(count))
+    lines = read_text(file).split("\n") if file.exists() else map(str, range(count))
     classes = [line.strip() for line in lines if line.strip()]
     if not classes or count not in (0, len(classes)) or len(classes) > IGNORE:
         raise ValueError(f"--num_classes is {count}, {file} has {len(classes)} names: give one of them, "
                          f"or the same number, from 1 to {IGNORE}")
     images, maps = (common.Images([files[key] for key in sorted(files)]) for files in found)
     return LabelMaps(images, maps, classes, f"{root} ({split})")
+
+
+class PixelCounts(torch.utils.data.Dataset):
+    """For `look_through`: `[index]` is the list of a label map's pixels per class; the last are ignored."""
+
+    def __init__(self, data, config):
+        self.data, self.config = data, config
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        labels, K = to_labels(*self.data[index], self.config), self.config.num_classes
+        return labels.flatten().int().clamp(max=K).bincount(minlength=K + 1).tolist()
+
+
+def check_maps(data, split, config, folder, dist):
+    """Reads all label maps of a set, each process its share, and prints what is in them. label_maps.json in
+    the run's `folder` keeps the counts: the same files are not read again when the run goes on. Raises
+    ValueError for a map that cannot be used, and where fewer than two classes have a pixel."""
+    file, known, key, K = folder / "label_maps.json", {}, None, config.num_classes
+    if dist.is_main:
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(file.read_text())
+        maps = [] if isinstance(data.maps, torch.Tensor) else map(data.maps.path, range(len(data)))
+        files = [(path, Path(path).stat().st_size) for path in maps]
+        key = common.seed_for(data.name, files, config.img_size, K, config.ignore_index,
+                              config.reduce_zero_label)
+    old = known.get(split, {})
+    if dist.all_reduce(torch.tensor(int(dist.is_main and old.get("key") == key))):
+        counts = torch.tensor(old.get("pixels", [0] * (K + 1)))
+    else:
+        rows = look_through(PixelCounts(data, config), f"label maps ({split})", config, dist)
+        counts = torch.tensor(rows, dtype=torch.int64).reshape(-1, K + 1).sum(dim=0)
+    *pixels, ignored = dist.all_reduce(counts).tolist()
+    lacking = [name for name, count in zip(data.classes, pixels) if not count]
+    names = ", ".join(lacking[:5]) + f" and {len(lacking) - 5} more" * (len(lacking) > 5)
+    share = f"{100 * ignored / (ignored + sum(pixels)):.1f} % of the pixels"
+    if len(lacking) > K - 2:
+        none, first = f", none of {names}" * bool(names), int(config.reduce_zero_label)
+        zero = " and 0 (--reduce_zero_label)" * first
+        raise ValueError(f"{data.name} has pixels of {K - len(lacking)} of {K} classes{none}, and id "
+                         f"{config.ignore_index} (--ignore_index){zero} has {share}: the label maps need "
+                         f"at least two classes, whose ids are {first}, {first + 1} and so on")
+    if dist.is_main:
+        print(f"labels   {split}: {len(data):,} maps, {share} ignored", flush=True)
+        if lacking:
+            sys.stderr.write(f"warning: no pixel of {names} in the label maps of {data.name}\n")
+        known[split] = dict(key=key, pixels=[*pixels, ignored])
+        common.write_atomically(file, lambda path: path.write_text(json.dumps(known)))
 
 
 def scaled_size(size, short_side):
@@ -298,7 +355,7 @@ def predict(model, image, config, device):
     for some in (corners[first: first + batch] for first in range(0, len(corners), batch)):
         windows = torch.stack([view[:, top: top + side, left: left + side] for top, left in some])
         with common.autocast(device, config.precision):
-            logits = model(common.normalise(windows.to(device)))[0]  # (B, K, H, W)
+            logits = model(normalise(windows, model.encoder, device))[0]  # (B, K, H, W)
         for (top, left), window in zip(some, logits):
             total[:, top: top + side, left: left + side] += window
             count[top: top + side, left: left + side] += 1
@@ -383,7 +440,6 @@ def learning_rate(step, config):
 def train(encoder, data, config, run, dist):
     """Training from start to end. Returns the model, and facts for the result line."""
     device, val = dist.device, find_maps(config, "val")
-    to_labels(*val[0], config)  # raises now, not after days, for a test set that cannot be used
     plan = common.make_plan(len(data), config.batch_size, config.micro_batch, 1, dist.world)
     plan = dataclasses.replace(plan, total_steps=config.steps)
     several_gpus = dist.world > 1 and device.type == "cuda" and config.head == "upernet"
@@ -396,6 +452,8 @@ def train(encoder, data, config, run, dist):
     rate = f"{config.lr:g} after {config.warmup_steps:,} steps, x {config.layer_decay:g} per block down"
     sets = f"{len(data):,} images in {data.name}, {len(val):,} to test, {len(data.classes)} classes"
     common.describe(dict(model=head, lr=rate), config, model, plan, dist, sets, run.folder)
+    for maps, split in ((data, "train"), (val, "val")):  # raises now, not after days
+        check_maps(maps, split, config, run.folder, dist)
     common.compile_blocks(config, device, encoder.blocks)
     groups = layer_groups(model, encoder, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
@@ -405,7 +463,7 @@ def train(encoder, data, config, run, dist):
     def compute_loss(model, batch):
         images, labels = (x.to(device, non_blocking=True) for x in batch)
         with common.autocast(device, config.precision):
-            logits, auxiliary = model(common.normalise(images))
+            logits, auxiliary = model(normalise(images, encoder, device))
         loss = pixel_loss(logits, labels.long())
         return loss + sum(0.4 * pixel_loss(x, labels.long()) for x in auxiliary), {}  # [code]
 
@@ -432,7 +490,7 @@ def main(argv=None):
     with common.distributed(config.device) as dist:
         if config.eval_only:
             return test_only(config, dist, started)
-        path, encoder = open_checkpoint(config)
+        path, encoder = open_checkpoint(config, own_norm=config.head == "upernet")  # which reads no norm
         data = find_maps(config, "train")
         config = with_recipe(config, len(data.classes), len(encoder.blocks))
         encoder = random_encoder(encoder, config.seed) if config.random_init else encoder

@@ -168,11 +168,13 @@ def test_previews_and_what_init_takes(tmp_path, data, capsys, monkeypatch):
     ("ViT-B-16:no_tag", "no_tag"), ("ViT-B-16:openai", "openai need another activation"),
     ("RN50:openai", "of RN50 is not"), ("ViT-B-16-SigLIP:webli", "SigLIP is not"), ("coca_ViT-B-32:x", "32 is not"),
     ("ViT-H-14-CLIPA:datacomp1b", "CLIPA is not"), ("ViT-B-16-quickgelu:absent.pt", "absent.pt"),
-    ("command_narrow:@/junk.pt", "junk.pt"), ("command_narrow:@/command_wide.pt", "size mismatch")])
+    ("command_narrow:@/junk.pt", "junk.pt cannot be read as a checkpoint"), ("command_narrow:@/web.pt", "a web page"),
+    ("command_narrow:@/command_wide.pt", "size mismatch"), ("command_narrow:@/timm.pt", "is one of timm's")])
 def test_teachers_that_cannot_be(fails, tmp_path, teacher, words):
     if "@" in teacher:
         teacher_file(tmp_path, "command_narrow"), teacher_file(tmp_path, "command_wide", width=48)
-        (tmp_path / "junk.pt").write_bytes(b"junk")
+        (tmp_path / "junk.pt").write_bytes(b"junk\0"), (tmp_path / "web.pt").write_bytes(b"<html>")
+        torch.save({"visual.trunk.cls_token": torch.zeros(1, 1, 8)}, tmp_path / "timm.pt")
     assert words in fails("--teacher", teacher.replace("@", str(tmp_path)))
 
 

@@ -1,6 +1,7 @@
 """eval/detect.py: AP against hand-made boxes, parts against torchvision, whole runs on a tiny COCO set."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -22,9 +23,11 @@ from eval import detect
 from eval.encoders import export
 from eval.protocol import MEAN_COLOUR
 from helpers import call, load, read_log, sentence
+from test_segment import save
 
 coco_mask = pytest.importorskip("pycocotools.mask")  # our extra `det`
 ONE = common.Dist(0, 1, torch.device("cpu"))
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 # 8 x 8 patches of 4 pixels in windows of 4; a step of 4 images takes some 0.2 s.
 TINY = ("--img_size=32 --window=4 --global_blocks=1 --channels=8 --rois=8 --batch_size=4 --epochs=20 "
         "--lr=1e-3 --warmup_epochs=0.5 --drop_path=0.2 --scale_min=0.8 --scale_max=1.25 --workers=0 "
@@ -38,7 +41,8 @@ def config(**changes):
 
 def tiny_vit(**changes):
     torch.manual_seed(0)
-    return common.ViT(**{**dict(img_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2), **changes})
+    return common.ViT(**{**dict(img_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2, mean=MEAN, std=STD),
+                         **changes})
 
 
 def tiny_detector(classes=10):
@@ -200,18 +204,88 @@ def test_scenes_in_cocos_format(scenes):
     (lambda c: c["annotations"][1].update(image_id=77), "annotation 1 is no object"),
     (lambda c: c["annotations"][3].update(category_id=91), "annotation 3 is no object"),
     (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 0 is no object"),
-    (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "a mask of 0.png in .* be decoded"),
-    (lambda c: c["annotations"][1]["segmentation"].update(size=[30, 20]), "0.png or a mask of it is not"),
-    (lambda c: c["images"][0].pop("width"), "cannot be used as COCO annotations: KeyError.'width'"),
-    (lambda c: c.update(annotations=[]), "there is no object in it"),
-    (lambda c: c["images"][0].update(file_name="gone.png"), "gone.png cannot be read as an image")])
+    (lambda c: c["annotations"][0].pop("bbox"), "annotation 0 is no object"),
+    (lambda c: c["annotations"][0].update(area="10"), "annotation 0 is no object"),
+    (lambda c: c["annotations"][0].update(iscrowd="0"), "annotation 0 is no object"),
+    (lambda c: c["images"][0].pop("width"), "0.png has the height 20 and the width None"),
+    (lambda c: c["images"][0].update(height=20.5), "0.png has the height 20.5 and the width 30"),
+    (lambda c: c["images"][1].update(id=0), "several images have the id 0"),
+    (lambda c: c["images"][1].update(id="5"), "the id of some images is a number, of others a text"),
+    (lambda c: c["images"][1].update(file_name="2.png"), "several images have the file_name '2.png'"),
+    (lambda c: c["categories"][1].update(id=7), "several categories have the id 7"),
+    (lambda c: c.pop("images"), "cannot be used as COCO annotations: KeyError.'images'"),
+    (lambda c: c.update(annotations=[]), "cannot be used as COCO annotations: there is no object in it"),
+    (lambda c: c["images"][1].update(file_name="gone.png"), "gone.png: of the 3 images .* 1 are not there")])
 def test_wrong_annotations_are_one_sentence_with_the_file(tmp_path, change, expected):
     path, content = write_set(tmp_path)
     change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=expected) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=expected) as error:
         detect.CocoImages(tmp_path, "train")
     assert "train2017" in str(error)
+
+
+POLYGON, NAN, INF = [2, 3, 10, 3, 10, 13, 2, 13], float("nan"), float("inf")
+RUNS, PACKED = [106, 4, 490], "Z34Z?"  # in 20 x 30 pixels
+
+
+@pytest.mark.parametrize("number", [1, 2])  # of an object, and of a crowd
+@pytest.mark.parametrize("code", [
+    None, "", 3, [], [[]], [[], [1, 2]], [[1, 2, 5, 9]], POLYGON, [POLYGON, None], [[POLYGON] * 6], [[*"123456"]],
+    [[1, 2, 3, 4, 5, NAN]], [POLYGON, [1, 2, INF, 4, 5, 6]], [[1, 2, 1e12, 4, 5, 6]], {}, dict(size=[20, 30]),
+    [dict(size=[20, 30], counts=RUNS)], dict(counts=RUNS), *(dict(size=[20, 30], counts=counts) for counts in (
+        None, [], [599], [601], [700, -100], [300, 300.0], "", "0", "Z34", "Z34Z", "Z34Z?0", "Z34Z?o", "Z34Z? ", "é")),
+    *(dict(size=[30, 20], counts=counts) for counts in (RUNS, PACKED))])
+def test_what_is_no_mask_is_named(tmp_path, number, code):
+    path, content = write_set(tmp_path)
+    content["annotations"][number]["segmentation"] = code
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"train2017.json.* annotation {number} of 0.png has no mask of 20 x 30 pix"):
+        detect.CocoImages(tmp_path, "train")
+
+
+def test_of_an_object_in_parts_the_good_ones_are_kept(tmp_path, monkeypatch):
+    """Ids that are strings and no iscrowd or area are no fault; what COCOeval reads is cleaned too."""
+    path, content = write_set(tmp_path, "val")
+    content["annotations"] = [dict(image_id="x", category_id="k", bbox=[2, 3, 8, 10], iscrowd=None, area=None, ignore=0,
+                                   segmentation=[[], POLYGON + [7], [1, 1, 30, 20], [4, 4], [4]])]
+    content["categories"] = [dict(id="k", name="k")]
+    content["images"] = [dict(image, id=name) for image, name in zip(content["images"], "xyz")]
+    path.write_text(json.dumps(content))
+    images = detect.CocoImages(tmp_path, "val")
+    assert torch.equal(images[0][1]["masks"][0], rectangle(20, 30, 2, 3, 8, 10).byte())
+    assert images.truth["annotations"][0]["segmentation"] == [POLYGON]
+    monkeypatch.setattr(detect, "detect", perfect)
+    assert detect.evaluate(None, images, config(), ONE)["mask_ap"] == pytest.approx(100)
+
+
+def test_packed_run_lengths():
+    assert detect.unpacked(PACKED) == RUNS
+    for seed in range(30):
+        mask = torch.rand(23, 31, generator=torch.Generator().manual_seed(seed)) < (seed + 1) / 31
+        mask[:, seed:] = seed % 2  # a long run
+        packed = coco_mask.encode(np.asfortranarray(mask.byte()))
+        assert detect.unpacked(packed["counts"].decode()) == run_lengths(mask)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_photos_are_turned_as_their_height_and_width_say(tmp_path, turn):
+    path, content = write_set(tmp_path)
+    shown = np.random.default_rng(1).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    save(tmp_path / "train2017" / "0.png", shown, turn)
+    assert torch.equal(detect.CocoImages(tmp_path, "train")[0][0], torch.from_numpy(shown).movedim(2, 0))
+    content["images"][0].update(height=30, width=20)
+    for one in content["annotations"][:3]:
+        one["segmentation"] = [POLYGON]
+    path.write_text(json.dumps(content))
+    images = detect.CocoImages(tmp_path, "train")
+    if turn > 4:  # annotated as it is stored
+        stored = torch.from_numpy(np.array(Image.open(tmp_path / "train2017" / "0.png"))).movedim(2, 0)
+        assert torch.equal(images[0][0], stored)
+    else:
+        with pytest.raises(ValueError, match="0.png.* has 20 x 30 pixels, its entry in .*json 30 x 20") as error:
+            images[0]
+        assert ("EXIF" in str(error)) == (turn > 1)
 
 
 def planted(height=40, width=60, box=(20, 10, 24, 16)):
@@ -502,6 +576,50 @@ def test_flags_reach_the_training(scenes, encoder, tmp_path, monkeypatch):
     assert [block.drop_path.p for block in model.encoder.blocks] == pytest.approx([0, 0.2])
     torch.manual_seed(5)
     assert torch.equal(common.ViT(**model.encoder.config).cls_token, model.encoder.cls_token.detach())
+    pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 16, 256)
+    compute_loss(lambda inputs, targets: seen.append(inputs) or dict(loss=inputs.mean()), (pixels, []))
+    for channel, mean, std in zip(seen[1][0], MEAN, STD):
+        torch.testing.assert_close(channel[0], (torch.arange(256) / 255 - mean) / std)
+
+
+def test_broken_test_images_are_told_before_a_run_trains(scenes, encoder, tmp_path, capsys):
+    """One that goes on does not look again, and an image to train with is replaced by the next."""
+    folder, out = tmp_path / "coco", tmp_path / "run"
+    shutil.copytree(scenes, folder)
+    picture = folder / "val" / "000003.png"
+    whole = picture.read_bytes()
+    (folder / "train" / picture.name).write_bytes(whole[:60])
+    picture.write_bytes(whole[:60])
+    assert run(encoder, folder, "--out", out, "--max_steps=2") == 1 and not out.exists()
+    assert f"{picture} cannot be read as an image" in sentence(capsys.readouterr().err)
+    picture.write_bytes(whole)
+    assert run(encoder, folder, "--out", out, "--max_steps=2") == 0
+    assert "000003.png cannot be read as an image" in capsys.readouterr().err
+    picture.write_bytes(whole[:60])
+    assert run(encoder, folder, "--out", out, "--max_steps=4") == 1 and len(read_log(out)) == 4
+
+
+def test_a_file_without_the_final_norm_gets_one_that_trains(scenes, tmp_path):
+    state = tiny_vit().state_dict()
+    torch.save({"fc_" * name.startswith("norm.") + name: value for name, value in state.items()}, tmp_path / "t.pth")
+    assert run(tmp_path / "t.pth", scenes, "--num_heads=2", "--max_steps=2", "--out", tmp_path / "run") == 0
+    norm = load_file(tmp_path / "run/encoder.safetensors")["norm.weight"]
+    assert 0 < (norm - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("size", [(1, 12000), (12000, 1)])
+def test_thin_images_are_jittered_and_detected(tmp_path, size):
+    path, content = write_set(tmp_path, "val")
+    save(tmp_path / "val2017" / "0.png", np.zeros((*size, 3), np.uint8))
+    content["images"][0].update(height=size[0], width=size[1])
+    content["annotations"] = [dict(image_id=0, category_id=3, bbox=[0, 0, *size[::-1]],
+                                   segmentation=[[0, 0, size[1], 0, *size[::-1], 0, size[0]]])]
+    path.write_text(json.dumps(content))
+    images = detect.CocoImages(tmp_path, "val")
+    for image, target in jitters(5, 0.1, 2, *images[0]):
+        assert image.shape == (3, 64, 64) and target["masks"].shape[1:] == (64, 64)
+    (target, found), = detect.detect(tiny_detector(3), images, [0], config(), ONE)
+    assert target["original"] == size and found["masks"].shape[2:] == size
 
 
 def test_eval_only_needs_last_pt_alone(trained, scenes, tmp_path, capsys):
@@ -537,5 +655,9 @@ def test_detection_is_in_eval_mode_on_any_aspect_of_its_share(tmp_path):
     for (_, found), (_, again) in zip(first, second):
         assert torch.equal(found["scores"], again["scores"]) and found["masks"].shape[2:] == (20, 30)
         assert (found["boxes"][:, 2:] <= torch.tensor([30, 20])).all()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     share = detect.detect(model, images, range(3), config(), common.Dist(1, 2, ONE.device))
     assert [target["image_id"] for target, _ in share] == [10]
+    pixels = detect.whole(32, [images[1]])[0] / 255
+    torch.testing.assert_close(seen[0], (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])

@@ -438,6 +438,33 @@ def test_another_size_without_class_token_and_the_random_baseline(root, tmp_path
     assert json.loads(Path("own/eval.jsonl").read_text().splitlines()[-1])["random_init"] is True
 
 
+def test_a_fine_tuned_file_and_statistics_of_its_own(root, tmp_path, capsys, monkeypatch):
+    """Without a final norm it serves where none is read; --mean_std reaches training, test and --eval_only."""
+    state = tiny().state_dict()
+    state["fc_norm.weight"], state["fc_norm.bias"] = state.pop("norm.weight"), state.pop("norm.bias")
+    torch.save({"model": state}, tmp_path / "x.pth")
+    own = ["--checkpoint", tmp_path / "x.pth", "--num_heads=2", "--max_steps=1", "--recipe=mae"]
+    for flags in (["--fc_norm=encoder"], ["--pool=cls"]):
+        assert "without the encoder's final norm" in fails(capsys, root, tmp_path / "run", *own, *flags)
+    seen, forward = [], common.ViT.embed
+    monkeypatch.setattr(common.ViT, "embed", lambda vit, images, *rest: seen.append(images) or forward(vit, images, *rest))
+    plain = "--epochs=1 --mixup=0 --cutmix=0 --randaugment=0 --erasing=0 --mean_std=half --max_steps=3"
+    assert tune(root, tmp_path / "run", *own, *plain.split()) == 0
+    config = load(tmp_path / "run")["encoder"]
+    assert (config["mean"], config["std"]) == ([0.5] * 3, [0.5] * 3)
+    assert call("--checkpoint", tmp_path / "run", "--data", root / "data", "--eval_only", "--workers=0", main=main) == 0
+    grid = (torch.cat([images.flatten() for images in seen]) / 2 + 0.5) * 255  # 0 .. 255 again, with 0.5 and 0.5
+    assert torch.allclose(grid, grid.round(), atol=1e-3) and grid.min() >= -1e-3
+
+
+def test_a_bad_test_image_is_told_before_the_training(root, tmp_path, capsys):
+    folder = colours(tmp_path / "data")
+    path = sorted((folder / "val").rglob("*.png"))[-1]
+    path.write_bytes(path.read_bytes()[:60])
+    assert f"{path.name} cannot be read" in fails(capsys, root, tmp_path / "run", "--data", folder)
+    assert not (tmp_path / "run").exists()
+
+
 def fails(capsys, *argv):
     capsys.readouterr()
     assert tune(*argv) == 1

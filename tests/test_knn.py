@@ -72,6 +72,7 @@ def test_command_alone_and_by_two_processes(tmp_path, capsys):
     assert two["accuracy"] == one["accuracy"] and (two["processes"], one["processes"]) == (2, 1)
     ten, twenty = one["accuracy"].values()
     line = f"kNN, pre-trained: {ten:.1f} % with 10, {twenty:.1f} % with 20 neighbours"
+    assert f"data     25 images of 3 classes in {tmp_path}/data/train, 13 to test in {tmp_path}/data/val" in out
     assert capsys.readouterr().out.splitlines()[-1] == line
     assert out.count(line) == out.count("kNN") == out.count("loaded ") == 1  # the main process alone speaks
     facts = dict(kind="knn", train_images=25, val_images=13, classes=3, pool="mean", temperature=0.07,

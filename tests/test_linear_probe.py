@@ -328,6 +328,19 @@ def test_bad_flags(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["e.safetensors"]
 
 
+def test_a_bad_test_image_is_told_before_the_training_and_other_statistics_count(place, capsys):
+    folder, flags = place
+    assert call(*flags, "--out", folder / "own", main=main) == 0
+    assert call(*flags, "--out", folder / "half", "--mean_std=half", main=main) == 0
+    one, two = (load(folder / name)["model"]["0.norm.running_mean"] for name in ("own", "half"))
+    assert not torch.allclose(one, two)
+    assert results(folder)[-1]["encoder"]["mean"] == [0.5] * 3 and results(folder)[-1]["assumed"] == []
+    path = sorted((folder / "data" / "val").rglob("*.png"))[-1]
+    path.write_bytes(path.read_bytes()[:60])
+    assert call(*flags, "--out", folder / "new", main=main) == 1
+    assert f"{path.name} cannot be read" in sentence(capsys.readouterr().err) and not (folder / "new").exists()
+
+
 def test_class_lists_must_be_equal_and_features_finite(place, capsys):
     folder, flags = place
     vit, val = tiny(), folder / "data" / "val"

@@ -1,5 +1,6 @@
 """eval/segment.py: scores by hand, windows, UPerNet against transformers', crops, whole commands."""
 
+import dataclasses
 import functools
 from collections import defaultdict
 
@@ -15,14 +16,15 @@ from torchvision.transforms import v2
 import common
 from eval import segment
 from eval.encoders import export
-from eval.protocol import MEAN_COLOUR
+from eval.protocol import MEAN_COLOUR, look_through
 from eval.segment import (IGNORE, Config, LabelMaps, Segmenter, UPerNet, augment, confusion_matrix, distort,
                           draw_overlays, evaluate, find_maps, learning_rate, main, norm_layer, out_indices,
                           predict, scaled_size, scores, to_labels, with_recipe)
-from helpers import call, differences, load, numbers
+from helpers import call, differences, load, numbers, sentence
 from test_linear_probe import ONE, results
 
-TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mean=MEAN, std=STD)
 FLAGS = ("--img_size=32 --batch_size=4 --steps=6 --warmup_steps=2 --lr=1e-3 --workers=0 --device=cpu "
          "--log_every=1 --channels=16").split()
 SIZES = ((40, 48), (48, 40), (36, 60), (32, 32)) * 2
@@ -110,6 +112,9 @@ def position(images):
     return torch.cat([images, ramp.expand(len(images), 1, 32, 32)], dim=1), []
 
 
+position.encoder = tiny()
+
+
 def starts(length, window, stride):
     """mmsegmentation's slide_inference: a grid of windows, of which those that reach out are moved back."""
     count = max(length - window + stride - 1, 0) // stride + 1
@@ -122,7 +127,8 @@ def starts(length, window, stride):
 def test_logits_are_the_mean_over_windows(size, shown, batch):
     """Of the resized image, in strides of two thirds of 32 pixels and batches of any size, resized back."""
     image = integers(256, 3, *size)
-    view = common.normalise(v2.functional.resize(image, shown, antialias=True)[None])[0].numpy()
+    view = v2.functional.resize(image, shown, antialias=True).numpy() / 255
+    view = (view - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
     total, count = np.zeros((4, *shown)), np.zeros(shown)
     for top in starts(shown[0], 32, 21):
         for left in starts(shown[1], 32, 21):
@@ -139,7 +145,9 @@ def test_overlays_paint_truth_and_prediction_but_no_ignored_pixel(tmp_path):
     """Label 1 on the left, none on the right; predicted: label 0 everywhere."""
     image, zero = integers(256, 1, 3, 240, 240), torch.eye(5)[:1, :, None, None]
     ids = torch.where(torch.arange(240) < 120, 1, 255).expand(1, 240, 240)
-    draw_overlays(tmp_path / "o.png", lambda images: (zero.expand(-1, 5, 32, 32), []),
+    model = Segmenter(tiny(), config(), "group")
+    model.forward = lambda images: (zero.expand(-1, 5, 32, 32), [])
+    draw_overlays(tmp_path / "o.png", model,
                   LabelMaps(common.Images(image), ids, "abcde", "one"), config(), ONE.device)
     sheet = v2.functional.pil_to_tensor(Image.open(tmp_path / "o.png"))[:, 22: 262]
     shown, truth, found = sheet[..., 6: 246], sheet[..., 252: 492], sheet[..., 498: 738]
@@ -343,12 +351,110 @@ def test_bad_data_is_named(encoder, tmp_path, capsys):
         assert run(encoder, *GIVEN, "--batch_size=2", *more, out=out, data=root) == 1
         assert words in capsys.readouterr().err.splitlines()[-1] and not (out / "last.pt").exists()
     refuses("--num_classes is 256", "--num_classes=256")
-    (town / "1.png").write_bytes((town / "0.png").read_bytes())
-    refuses("train/town/1.png has the shape (40, 48), its image (48, 40)", "--steps=20")
     (test / "0.png").write_bytes(b"junk")
     refuses("val/town/0.png cannot be read as a label map")
+    (town / "1.png").write_bytes((town / "0.png").read_bytes())
+    refuses("train/town/1.png 40 x 48: they must be equal", "--steps=20")
     (town / "2.png").rename(town / "3.png")
     refuses("images/train/town/2.jpg has no partner")
+
+
+def save(path, pixels, turn=1):
+    """An array as an image file, stored so that its EXIF tag `turn` turns it to what the array is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}[turn]  # PIL's numbers of what undoes it
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = turn
+    (image.transpose(stored[0]) if stored else image).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_photos_are_turned_with_their_label_maps(tmp_path, turn):
+    """Both upright, both with the tag, or, where only that fits, the map of the photo as it is stored."""
+    ids = np.zeros((40, 64), np.uint8)
+    ids[5:20, 8:24] = 1
+    photo = save(tmp_path / "photo.png", np.stack([ids * 200] * 3, axis=-1), turn)
+    maps = [save(tmp_path / "map.png", ids), save(tmp_path / "tagged.png", ids, turn)]
+    if turn > 4:
+        Image.fromarray(np.asarray(Image.open(photo))[..., 0] // 200).save(tmp_path / "stored.png")
+        maps.append(tmp_path / "stored.png")
+    for path, size in zip(maps, ((40, 64), (40, 64), (64, 40))):
+        image, found, _ = LabelMaps(common.Images([photo]), common.Images([path]), "ab", "x")[0]
+        assert found.shape == size and found.sum() == 240 and torch.equal(image[0], 200 * found)
+    save(tmp_path / "map.png", ids[:30])
+    with pytest.raises(ValueError, match="photo.png.* has 40 x 64 pixels, its label map .*map.png 30 x 64") as error:
+        LabelMaps(common.Images([photo]), common.Images(maps[:1]), "ab", "x")[0]
+    assert ("EXIF" in str(error)) == (turn > 1)
+
+
+def lesions(root, **ids):
+    """Four images to train and two to test, a tenth of which is a lesion, with the given id per split."""
+    for index, split in enumerate(["train"] * 4 + ["val"] * 2):
+        labels = np.zeros((40, 50), np.uint8)
+        labels[10:20, :20] = ids[split]
+        save(root / "images" / split / f"{index}.png", np.stack([labels] * 3, axis=-1))
+        save(root / "annotations" / split / f"{index}.png", labels)
+    (root / "classes.txt").write_text("background\nlesion\n", "utf-16")
+    return root
+
+
+@pytest.mark.parametrize("ids, flags, words", [
+    ((255, 255), "", "(train) has pixels of 1 of 2 classes, none of lesion, and id 255 (--ignore_index) has 10.0 %"),
+    ((1, 0), "", "(val) has pixels of 1 of 2 classes, none of lesion, and id 255 (--ignore_index) has 0.0 %"),
+    ((1, 1), "--ignore_index=1", "none of lesion, and id 1 (--ignore_index) has 10.0 % of the pixels"),
+    ((1, 1), "--reduce_zero_label", "(--ignore_index) and 0 (--reduce_zero_label) has 90.0 % of the pixels"),
+    ((1, 7), "", "annotations/val/4.png holds the id 7")])
+def test_label_maps_are_looked_at_before_the_first_step(encoder, tmp_path, capsys, ids, flags, words):
+    data = lesions(tmp_path, train=ids[0], val=ids[1])
+    assert run(encoder, *flags.split(), out=tmp_path / "run", data=data) == 1
+    assert words in sentence(capsys.readouterr().err) and not (tmp_path / "run/last.pt").exists()
+
+
+def test_counts_of_label_maps_are_shared_kept_and_told(tmp_path, capsys, monkeypatch):
+    """In three processes, and again for another file, another flag and another set."""
+    looked, parts, one = [], [], config(data=str(write_maps(tmp_path)), num_classes=9, ignore_index=11)
+    monkeypatch.setattr(common.Dist, "all_reduce", lambda self, tensor: parts.append(tensor) or tensor)
+    monkeypatch.setattr(segment, "look_through", lambda dataset, *given: looked.append(dataset) or look_through(
+        dataset, *given))
+
+    def look(split="train", rank=0, world=1, **flags):
+        settings = dataclasses.replace(one, **flags)
+        segment.check_maps(find_maps(settings, split), split, settings, tmp_path, common.Dist(rank, world, ONE.device))
+        return len(looked)
+
+    maps = [torch.from_numpy(np.array(Image.open(path))) for path in sorted(tmp_path.glob("annotations/train/*/*"))]
+    counts = sum(labels.flatten().bincount(minlength=12) for labels in maps)
+    assert [look(), look(), look("val"), look(), look("val")] == [1, 1, 2, 2, 2]
+    assert parts[1].tolist() == parts[3].tolist() == [*counts[:9].tolist(), int(counts[11])]
+    out, err = capsys.readouterr()
+    assert f"labels   train: 3 maps, {100 * counts[11] / counts.sum():.1f} % of the pixels ignored\n" in out
+    assert err.startswith("warning: no pixel of 3, 4, 5, 6, 7 and 1 more in the label maps of ")
+    Image.fromarray(maps[0].numpy()).save(tmp_path / "annotations/train/town/0.png", compress_level=0)
+    assert [look(), look(), look(reduce_zero_label=True)] == [3, 3, 4]
+    parts.clear()
+    for rank in (1, 2):
+        look(rank=rank, world=3)
+    assert [part.tolist()[:3] for part in parts[1::2]] == [row.flatten().bincount()[:3].tolist() for row in maps[1:]]
+
+
+def test_thin_images_are_cut_and_tested(tmp_path):
+    data = lesions(tmp_path, train=1, val=1)
+    ids = np.arange(12000, dtype=np.uint8)[None] % 2
+    for path in ("images/{}/t.png", "annotations/{}/t.png"):
+        for split in ("train", "val"):
+            save(tmp_path / path.format(split), ids.T if split == "val" else ids)
+    settings = config(data=str(data), num_classes=2)
+    crop, labels = augment(settings, *find_maps(settings, "train")[4])
+    assert crop.shape == (3, 32, 32) and (labels != IGNORE).sum() == 32
+    assert evaluate(Segmenter(tiny(), settings, "group"), find_maps(settings, "val"), settings, ONE).sum() == 16000
+
+
+@pytest.mark.parametrize("head, code", [("upernet", 0), ("linear", 1)])
+def test_a_file_without_the_final_norm_has_a_head_that_reads_none(tmp_path, head, code):
+    state = tiny().state_dict()
+    torch.save({"fc_" * name.startswith("norm.") + name: value for name, value in state.items()}, tmp_path / "t.pth")
+    assert run(tmp_path / "t.pth", f"--head={head}", "--num_heads=2", "--max_steps=1", out=tmp_path / "run") == code
 
 
 def test_a_run_writes_model_encoder_and_result(trained):
@@ -371,7 +477,7 @@ def test_the_first_loss_is_that_of_the_formula(trained):
     for micro, keys in enumerate(common.micro_batch_keys(8, common.make_plan(8, 4, 2, 1, 1), ONE, 0, 0, 1)):
         images, labels = torch.utils.data.default_collate([samples[key] for key in keys])
         torch.manual_seed(common.seed_for(0, "step", 0, 2 * micro))
-        logits, (auxiliary,) = model(common.normalise(images))
+        logits, (auxiliary,) = model(common.normalise(images, MEAN, STD))
         for x, weight in ((logits, 1.0), (auxiliary, 0.4)):
             p = x.log_softmax(dim=1).gather(1, labels.long().clamp(max=2)[:, None])[:, 0][labels < IGNORE]
             losses.append(-weight * float(p.detach().sum()) / labels.numel())
