@@ -369,12 +369,12 @@ def test_hidden_folders_links_and_other_endings(tmp_path, capsys, monkeypatch):
     for folder in ("a", "b/deep", ".git", "a/.thumbnails", "@eaDir", "b/@eaDir"):
         write_images(tmp_path / "data" / folder, 1)
     write_images(tmp_path / "outside" / "c", 1)
-    links = {"0": "a", "a/up": "..", "b/up": "..", "b/self": "deep", "out": "../outside", "out2": "../outside"}
+    links = {"0": "a", "a/up": "..", "b/up": "..", "b/self": "deep", "0out": "../outside", "out2": "../outside"}
     for link, target in links.items():
         (tmp_path / "data" / link).symlink_to(target)
     (tmp_path / "outside" / "back").symlink_to("../data")
     found = [os.path.relpath(path, tmp_path / "data") for path in common.list_images(tmp_path / "data")]
-    assert found == ["a/00.png", "b/deep/00.png", "out/c/00.png"] and capsys.readouterr().out == ""
+    assert found == ["0out/c/00.png", "a/00.png", "b/deep/00.png"] and capsys.readouterr().out == ""
     for name in ("1.gif", "2.gif", "3.JFIF", "none", ".hidden.gif"):
         (tmp_path / "data" / "a" / name).touch()
     assert len(common.list_images(tmp_path / "data")) == 3

@@ -68,9 +68,10 @@ def test_the_list_gives_names_or_indices_of_classes(tmp_path, name, lines):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_list_saved_by_a_spreadsheet(tmp_path, encoding):
+@pytest.mark.parametrize("head", ["name,label\r\n", ""])
+def test_a_list_saved_by_a_spreadsheet(tmp_path, encoding, head):
     flat(tmp_path, ["00 n02"])
-    text = "name,label\r\n00.JPEG,n02\r\n01.JPEG,n03\r\n02.JPEG,n01\r\n"
+    text = f"{head}00.JPEG,n02\r\n01.JPEG,n03\r\n02.JPEG,n01\r\n"
     (tmp_path / "val" / "LOC_val_solution.csv").write_bytes(text.encode(encoding))
     assert find_labelled(str(tmp_path), "val", 32).labels.tolist() == [1, 2, 0]
     (tmp_path / "val" / "LOC_val_solution.csv").write_bytes("00 n02\n01 n03\n02 é\n".encode("latin-1"))
@@ -135,7 +136,7 @@ def test_class_folders_named_by_numbers_are_names(tmp_path):
     (["00 n01", "01 n02", "02 n03", "03 n01"], r"names 4 images .* 03 is in the list only"),
     (["00 n01", "", "01", "02 n02"], r"line 3, is no file name and class.*'01'"),
     (["00 n01", "00 n02", "01 n01", "02 n02"], r"line 2, .* gives a file another class: '00 n02'"),
-    (["99.JPEG n01", "00 n01", "01 n02", "02 n03"], "99 is in the list only"),
+    (["99.JPEG n04", "00 n01", "01 n02", "02 n03"], "99 is in the list only"),
     (["00 1", "01 2", "02 3"], r"class index 3, and the 3 folders of .*train are counted from 0")])
 def test_a_list_that_does_not_fit_is_refused(tmp_path, lines, match):
     with pytest.raises(ValueError, match=match):

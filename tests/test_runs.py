@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -199,6 +200,26 @@ def test_a_second_run_in_the_folder_stops_at_once(script, tmp_path):
     stopped = load(tmp_path)["step"] + 2  # although a worker of it may live a little longer
     code, _, err = finish(script.start(tmp_path, f"--max_steps={stopped}"))
     assert code == 0 and steps(tmp_path) == list(range(1, stopped + 1)), err
+
+
+def test_a_worker_that_outlives_its_run_holds_no_lock(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    run = common.Run("x", common.TrainConfig(), tmp_path)
+    run.claim()
+    worker = os.fork()
+    if not worker:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        with open(tmp_path / ".lock") as other:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.2)
+            run.lock.close()
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 @each()
