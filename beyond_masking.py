@@ -544,8 +544,8 @@ def train(config, run, dist):
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save
             run.save(model, optimizer, step + 1, rgb_encoder(model.encoder))
-            batch = common.preview_batch(samples)
-            preview(run.folder / "preview.png", config, model, batch, device)
+            run.draw(lambda path: preview(
+                path, config, model, common.preview_batch(samples), device))
             model.train()
 
 

@@ -44,6 +44,7 @@ import torch.distributed
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, UnidentifiedImageError
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from torchvision import datasets
@@ -342,6 +343,19 @@ class Images(torch.utils.data.Dataset):
     def path(self, index):
         return os.fsdecode(self.files[index])
 
+    def fingerprint(self):
+        """A hash of the files' names below their common folder and sizes in bytes, or of the
+        pixels: the same data, wherever they are."""
+        hasher = hashlib.blake2b(digest_size=16)
+        if self.pixels is not None:
+            hasher.update(self.pixels.contiguous().numpy())
+        start = len(os.path.commonprefix([os.path.dirname(min(self.files, default=b"")) + b"/",
+                                          os.path.dirname(max(self.files, default=b"")) + b"/"]))
+        for file in self.files.tolist():
+            size = os.stat(file).st_size if os.path.exists(file) else -1
+            hasher.update(b"%s\0%d\0" % (file[start:], size))
+        return hasher.hexdigest()
+
     def __getitem__(self, index):
         image = read_image(self.path(index)) if self.pixels is None else self.pixels[index]
         limit = 16 * min(image.shape[1:])
@@ -355,6 +369,8 @@ def read_image(path, size=None):
     an annotation's `size` (H, W) is that of the stored image alone. Raises ValueError with the file
     and the reason."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("there is no such file")
         with Image.open(path) as image:
             turn, image = exif_turn(image, size), eight_bits(image).convert("RGB")
             return TF.pil_to_tensor(image if turn is None else image.transpose(turn))
@@ -427,30 +443,32 @@ def list_images(folder):
     Hidden files and folders are left out, and each folder is listed once, however many links lead
     to it. The main process says what other files there are. Raises FileNotFoundError if there is no
     image, and OSError for a folder that may not be read, which would be missing silently."""
-    def refuse(error):
-        raise error
-
-    listed, others, seen, todo = {}, collections.Counter(), set(), [str(folder)]
-    for start in todo:  # links come after all folders that are really here
-        for path, folders, files in os.walk(start, onerror=refuse):
-            place = os.stat(path)
-            folders[:] = [name for name in sorted(folders) if not name.startswith((".", "@eaDir"))]
-            if (place.st_dev, place.st_ino) in seen:
-                folders.clear()
+    listed, others, seen = {}, collections.Counter(), set()
+    real, links = [str(folder)], []
+    while real or links:  # links come after all folders that are really here
+        path = real.pop() if real else links.pop(0)
+        place, entries = os.stat(path), sorted(os.scandir(path), key=lambda entry: entry.name)
+        if (place.st_dev, place.st_ino) in seen or any(entry.name == ".lock" for entry in entries):
+            continue  # or it is the folder of a run, whose pictures are no data
+        seen.add((place.st_dev, place.st_ino))
+        listed[path] = []
+        for entry in entries:
+            if entry.name.startswith((".", "@eaDir")):
                 continue
-            seen.add((place.st_dev, place.st_ino))
-            todo += [link for name in folders if os.path.islink(link := os.path.join(path, name))]
-            files = [file for file in sorted(files) if not file.startswith(".")]
-            listed[path] = [file for file in files if file.lower().endswith(EXTENSIONS)]
-            others.update(Path(file).suffix.lower() or "no ending" for file in files
-                          if not file.lower().endswith(EXTENSIONS))
+            if entry.is_dir():
+                (links if entry.is_symlink() else real).append(entry.path)
+            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                listed[path].append(entry.name)
+            else:
+                ending = Path(entry.name).suffix.lower() or "no ending"
+                others[ending if entry.is_file() else "no file"] += 1
     order = sorted(listed, key=lambda path: path.split(os.sep))
     found = [os.path.join(path, file) for path in order for file in listed[path]]
     if not found:
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(EXTENSIONS)})")
     if others and os.environ.get("RANK", "0") == "0":
         kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(8))
-        print(f"left out {others.total()} files of other endings in {folder}: {kinds}", flush=True)
+        say(f"left out {others.total()} files of other endings in {folder}: {kinds}")
     return found
 
 
@@ -485,23 +503,32 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, images, transform, seed):
         self.images, self.transform, self.seed = images, transform, seed
+        self.bad = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # seen by all workers
+
+    def replaced(self):
+        """How many files could not be read so far."""
+        return int(self.bad.sum())
 
     def __getitem__(self, key):
         epoch, index = key
-        sample = readable(self.images, index)
+        sample = readable(self.images, index, self.bad)
         torch.default_generator.manual_seed(seed_for(self.seed, "sample", epoch, index))
         return self.transform(*sample)
 
 
-def readable(images, index):
-    """images[index], or the first after it that can be read. Raises ValueError after ten."""
+def readable(images, index, bad=None):
+    """images[index], or the first after it that can be read; of the others `bad` takes note, and
+    each is said once. Raises ValueError after ten."""
     for place in range(index, index + 10):
         try:
             return images[place % len(images)]
         except ValueError as error:
             if place == index + 9:
                 raise
-            sys.stderr.write(f"warning: {error}; the next file stands in for it\n")
+            if bad is None or not bad[place % len(images)]:
+                say(f"warning: {error}; the next file stands in for it", sys.stderr)
+            if bad is not None:
+                bad[place % len(images)] = True
 
 
 def micro_batch_keys(num_images, plan, dist, seed, start, stop):
@@ -666,16 +693,32 @@ def compile_blocks(config, device, *models):
 
 
 # ---- 7  files ------------------------------------------------------------------------------------
-def write_atomically(path, write):
-    """`write(temporary path)`, then rename: a kill in between leaves the old file whole."""
+def say(text, file=None):
+    """Prints without the control characters that a file name may hold; a closed terminal or a full
+    disk behind it ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file)
+
+
+def write_atomically(path, write, keep=""):
+    """`write(temporary path)`, then rename: a kill in between leaves the old file whole, which
+    stays as `keep`, if given. All is on the disk before it returns."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        temporary.unlink(missing_ok=True)  # if somebody put a link there, it is not followed
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if keep and path.exists():
+            path.with_name(keep).unlink(missing_ok=True)
+            os.link(path, path.with_name(keep))  # a second name: `path` is whole at each moment
         os.replace(temporary, path)
+        if os.name == "posix":  # the new name, too, is to survive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         why = getattr(error, "strerror", None) or "cannot be written, the disk may be full"
         raise OSError(getattr(error, "errno", None), why, str(path)) from error
@@ -683,30 +726,73 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def digest(tensors):
+    """A hash of {name: tensor}: safetensors itself does not notice a flipped bit."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        hasher.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
 def save_encoder(vit, path, **info):
     """Writes a ViT as safetensors under timm's names; metadata: its configuration and `info`."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in vit.state_dict().items()}
     # One key: safetensors writes several in random order, and equal runs should give equal files.
-    about = json.dumps(dict(kind="encoder", version=VERSION, **info, config=vit.config))
+    about = json.dumps(dict(kind="encoder", version=VERSION, digest=digest(tensors), **info,
+                            config=vit.config))
     write_atomically(path, lambda file: file.write_bytes(save(tensors, dict(about=about))))
 
 
 def read_checkpoint(path):
     """A .safetensors, .pt or .pth file as a dict of tensors and plain data, and of the
-    argparse.Namespace that published files carry. Code in it is not run, but refused by name.
+    argparse.Namespace that published files carry. Code in it is not run, but refused by name. What
+    the file holds to check itself, our digest or the sums of torch's zip, must be right.
     Raises FileNotFoundError or ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
         if str(path).endswith(".safetensors"):
-            return load_file(path)
+            tensors, about = load_file(path), read_about(path)
+            if about.get("digest") not in (None, digest(tensors)):
+                raise ValueError("digest")
+            return tensors
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("sum")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a dozen types for files that are not its own
         code = re.search(r"GLOBAL (\S+)", str(error))
         why = (f"an object of type {code[1]} in it could run code; save the weights alone" if code
-               else foreign(path) or "it is cut off, or of another kind than its name says")
+               else foreign(path) or "it is cut off, damaged, or of another kind than it says")
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from error
+
+
+def read_about(path):
+    """What we note in a .safetensors file beside the tensors; {} in files of others."""
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+    return about if isinstance(about, dict) else {}
+
+
+def check_tensors(found, wanted, what):
+    """Raises ValueError unless {name: tensor} has the names, shapes and types that are wanted, and
+    no number that is not finite: torch itself would stop with a traceback, or not at all."""
+    for name in [*wanted, *found]:
+        have, want = (tuple(part[name].shape) if isinstance(part.get(name), torch.Tensor) else None
+                      for part in (found, wanted))
+        if have != want or found[name].is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"{what} does not fit this model: {name} is {have} there and {want} "
+                             "here, or of another type")
+    if not all_finite(found.values()):
+        raise ValueError(f"{what} holds numbers that are not finite: its training went wrong")
+
+
+def all_finite(tensors):
+    """Whether no tensor holds a NaN or an infinity; the device is waited for once."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return not floats or bool(nn.utils.get_total_norm(floats, math.inf).isfinite())
 
 
 # The first bytes of what often lies where weights or an image should be.
@@ -748,9 +834,7 @@ def load_init(model, path):
     for name, tensor in own.items():
         if "pos" in name and state[name].shape != tensor.shape:
             state[name] = tensor
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"--init {path} does not fit this model: {name} is "
-                             f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here")
+    check_tensors(state, own, f"--init {path}")
     part.load_state_dict(state)
     if os.environ.get("RANK", "0") == "0":
         print(f"weights  {path}{'' if part is model else ', the encoder alone'}")
@@ -767,29 +851,51 @@ def commit():
 
 # ---- 8  run --------------------------------------------------------------------------------------
 # What may differ when the same command starts again; any other changed field stops.
-MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "max_steps",
-              "out", "demo", "fresh", "preview", "dry_run"}
+MAY_CHANGE = {"workers", "log_every", "save_every", "device", "micro_batch", "max_steps", "max_bad",
+              "data_changed", "out", "demo", "fresh", "preview", "dry_run"}
+# What a last.pt holds.
+STATE = dict(kind=str, method=str, version=int, config=dict, step=int, total_steps=int,
+             num_images=int, skipped=int, model=dict, optimizer=dict)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+           if hasattr(signal, name)]
 
 
 class Run:
     """The folder of a run, and what every training loop needs: its steps, its batches, its log.
 
-    Files: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png. `state` is the content
-    of last.pt, {} in a new folder. Nothing is written before `begin`."""
+    Files: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png; previous.pt is the
+    last.pt before. `state` is the content of last.pt, or of previous.pt where that one is damaged,
+    {} in a new folder. Nothing is written before `begin`."""
 
     def __init__(self, method, config, out, kind="pretraining"):
-        self.method, self.config, self.kind = method, config, kind
+        self.method, self.config, self.kind, self.lock = method, config, kind, None
         self.folder, number = Path(out), 1
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
         while config.fresh and self.folder.exists():
             number += 1
+            if restarted and not Path(f"{out}-{number}").exists():
+                break  # --fresh was for the first start
             self.folder = Path(f"{out}-{number}")
-        self.checkpoint, self.lock = self.folder / "last.pt", None
         if (self.folder / ".lock").exists() and not getattr(config, "preview", ""):
             self.claim()
-        self.state = read_checkpoint(self.checkpoint) if self.checkpoint.exists() else {}
-        if self.checkpoint.exists() and self.state.get("method") != method:
+        self.checkpoint, self.state, self.damaged = self.folder / "last.pt", {}, []
+        for path in (self.checkpoint, self.folder / "previous.pt"):
+            if path.exists() and not self.state:
+                try:
+                    self.state = self._read(path)
+                except ValueError as error:
+                    self.damaged.append(str(error))
+        if self.damaged and not self.state:
+            raise ValueError(f"{' and '.join(self.damaged)}: there is nothing to go on from, "
+                             "--fresh starts anew")
+        if self.damaged or self.state and not self.checkpoint.exists():
+            say("warning: " + "; ".join([*self.damaged, "the run goes on from previous.pt, step "
+                                         f"{self.state['step']}"]), sys.stderr)
+        if self.state.get("method", method) != method:
             raise ValueError(f"{self.checkpoint} is not from {method}: give another --out")
-        before = self.state.get("config", {})
+        before = dict(self.state.get("config", {}))
+        if "fingerprint" in self.state:  # the files themselves are compared, wherever they are
+            before.pop("data", None)
         for name, now in vars(config).items():
             if name not in MAY_CHANGE and before.get(name, now) != now:
                 raise ValueError(f"--{name} was {before[name]!r} when the run in {self.folder} "
@@ -797,6 +903,16 @@ class Run:
                                  "--fresh or another --out for a new run")
         self.start, total = self.state.get("step", 0), self.state.get("total_steps", math.inf)
         self.finished = self.start >= min(config.max_steps or total, total)
+
+    def _read(self, path):
+        """The content of a last.pt. Raises ValueError for anything else."""
+        state = read_checkpoint(path)
+        lacking = [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]
+        if lacking or state["version"] != VERSION:
+            raise ValueError(f"{path} is no state of a run: " + (
+                f"it has no {lacking[0]}" if lacking else f"its version is {state['version']}, and "
+                f"this code writes {VERSION}"))
+        return state
 
     def claim(self):
         """One process at a time writes here, a second one stops: `flock` is a lock that the kernel
@@ -815,14 +931,15 @@ class Run:
                 raise ValueError(f"a run is going on in {self.folder}, process {holder}: wait for "
                                  "it, or give another --out") from error
         except OSError:
-            sys.stderr.write(f"warning: {self.folder} is on a file system without locks: nothing "
-                             "keeps a second run from writing there\n")
+            say(f"warning: {self.folder} is on a file system without locks: nothing keeps a second "
+                "run from writing there", sys.stderr)
         self.lock.truncate(0)
         print(me, end="", file=self.lock, flush=True)
 
     def load(self, model):
         """The model with the weights of last.pt, or else of --init, or else as it is."""
         if self.state:
+            check_tensors(self.state["model"], model.state_dict(), f"the state in {self.folder}")
             model.load_state_dict(self.state["model"])
         elif self.config.init:
             load_init(model, self.config.init)
@@ -845,64 +962,149 @@ class Run:
         """Restores an interrupted run, writes config.json, starts the loader. Log lines after the
         checkpoint are dropped, and one that a killed process left half-written."""
         self.claim()
-        config, state, images = self.config, self.state, samples.images
-        self.dist, self.plan, self.num_images = dist, plan, len(images)
-        self.state = {}  # frees the memory of the old weights when this is done
+        config, state = self.config, self.state
+        self.dist, self.plan, self.samples = dist, plan, samples
+        self.num_images, self.fingerprint = len(samples.images), samples.images.fingerprint()
+        self._compare_processes()
+        if not state:
+            self._check_folder()
+        changed = state.get("fingerprint", self.fingerprint) != self.fingerprint or \
+            state.get("num_images", self.num_images) != self.num_images
+        if changed and not config.data_changed:
+            raise ValueError(f"the run in {self.folder} started with {state['num_images']} images, "
+                             f"now there are {self.num_images}, or others: restore them, or accept "
+                             "it with --data_changed, or start anew with --fresh")
         if state:
-            if state["num_images"] != len(images):
-                raise ValueError(f"the run in {self.folder} started with {state['num_images']} "
-                                 f"images, now there are {len(images)}: restore the data, or give "
-                                 "--fresh")
+            check_tensors(state["model"], model.state_dict(), f"the state in {self.folder}")
+            check_optimizer(state, optimizer, f"the state in {self.folder}")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             if dist.is_main and state.get("exif") != EXIF:
-                print(f"exif     this run began under another rule; from here on {EXIF}")
-        self.skipped, self.failures = state.get("skipped", 0), 0
+                say(f"exif     this run began under another rule; from here on {EXIF}")
+        self.state = {}  # frees the memory of the old weights when this is done
+        self.skipped, self.bad_steps = state.get("skipped", 0), state.get("bad_steps", [])
+        self.failures, self.due, self.cut, self.unwritten = 0, False, False, ""
+        # The averages of the next log line go on where they stood, in the main process.
+        self.count, sums = state.get("count", 0), state.get("sums", {}) if dist.is_main else {}
+        self.sums = {name: value.to(dist.device) for name, value in sums.items()}
         if dist.is_main:
-            log = self.folder / "log.jsonl"
-            facts = dict(vars(config), **vars(plan), method=self.method, world=dist.world,
-                         num_images=len(images), torch=torch.__version__, commit=commit(),
-                         exif=EXIF, command=" ".join(sys.argv))
-            write_atomically(self.folder / "config.json",
-                             lambda path: path.write_text(json.dumps(facts, indent=1)))
-            lines = log.read_text().splitlines(True) if log.exists() else []
-            kept = [line for line in lines
-                    if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
-            write_atomically(log, lambda path: path.write_text("".join(kept)))
+            self._begin_log(changed)
         self.stop = min(config.max_steps or plan.total_steps, plan.total_steps)
-        keys = micro_batch_keys(len(images), plan, dist, config.seed, self.start, self.stop)
+        keys = micro_batch_keys(self.num_images, plan, dist, config.seed, self.start, self.stop)
         self.loader = iter(torch.utils.data.DataLoader(
             samples, batch_sampler=keys, num_workers=num_workers(config), collate_fn=collate,
             worker_init_fn=leave_group, pin_memory=dist.device.type == "cuda"))
         self.bar = tqdm(total=plan.total_steps, initial=self.start, unit="step",
                         disable=None if dist.is_main else True)
-        self.sums, self.count, self.waited, self.logged = {}, 0, 0.0, self.start
+        self.waited, self.logged, self.now = 0.0, self.start, self.start
         self.clock, self.signal, self.stopping = time.perf_counter(), None, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
+        self.parent = os.getppid()
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _compare_processes(self):
+        """Raises ValueError in all processes where one differs: a folder that only one machine
+        sees, or other data, would go on to the end and mean nothing."""
+        facts = dict(vars(self.config), step=self.start, images=self.fingerprint, commit=commit())
+        everyone = [facts] * self.dist.world
+        if self.dist.world > 1:
+            torch.distributed.all_gather_object(everyone, facts)
+        for rank, theirs in enumerate(everyone):
+            for name, value in theirs.items():
+                if value != everyone[0][name]:
+                    raise ValueError(f"process {rank} has another {name} than process 0, {value!r} "
+                                     f"and {everyone[0][name]!r}: all must see the same files and "
+                                     "flags")
+
+    def _check_folder(self):
+        """Raises ValueError where a new run would replace results, or write among files of others.
+        Allowed is what a run leaves that was killed before it first saved."""
+        started = json_or_none(self.folder / "config.json") or {}
+        first = started.get("save_every") or started.get("steps_per_epoch", 0)
+        allowed = {"eval.jsonl", "label_maps.json"}
+        files = {path.name for path in self.folder.glob("[!.]*") if path.is_file()} - allowed
+        saved = {"last.pt", "previous.pt", "encoder.safetensors"} & files or any(
+            line["step"] > first for line in read_log(self.folder)[0])
+        if files and (saved or started.get("method") != self.method):
+            raise ValueError(f"{self.folder} holds {min(files)} and more, but no last.pt to go on "
+                             "from: --fresh starts in a new folder beside it")
+
+    def _begin_log(self, changed):
+        """Sets aside what damaged the log, drops what comes after the checkpoint, writes
+        config.json."""
+        for path in self.folder.glob(".*.tmp.*"):  # of a process that was killed while it wrote
+            path.unlink(missing_ok=True)
+        if self.damaged and self.checkpoint.exists():
+            os.replace(self.checkpoint, self.folder / "last.pt.damaged")
+        config_file, log = self.folder / "config.json", self.folder / "log.jsonl"
+        starts = (json_or_none(config_file) or {}).get("starts", []) if self.start else []
+        now = dict(step=self.start, torch=torch.__version__, commit=commit(),
+                   command=" ".join(sys.argv))
+        facts = dict(vars(self.config), **vars(self.plan), **now, method=self.method, exif=EXIF,
+                     world=self.dist.world, num_images=self.num_images, starts=[*starts, now])
+        write_atomically(config_file, lambda path: path.write_text(json.dumps(facts, indent=1)))
+        kept, broken = read_log(self.folder)
+        kept = [line for line in kept if line["step"] <= self.start]
+        if changed:
+            kept.append(dict(step=self.start, data_changed=self.num_images))
+        if broken:
+            say(f"warning: {len(broken)} damaged lines of {log} go to log.jsonl.broken", sys.stderr)
+            with open(self.folder / "log.jsonl.broken", "ab") as file:
+                file.write(b"".join(broken))
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(log, lambda path: path.write_text(text))
+
+    def _remember(self, number, frame):
+        """The first signal asks to save and stop, a second one ends at once, whatever hangs; under
+        torchrun, which sends one of its own after Ctrl-C, a second later."""
+        patience = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        if self.signal and time.perf_counter() - self.signalled >= patience:
+            os._exit(128 + number)
+        self.signal = self.signal or number
+        self.signalled = time.perf_counter()
 
     def steps(self):
-        """The steps still to do. They end early after a signal (SIGTERM, Ctrl-C), once the loop has
-        saved; then the exit code, 128 + signal, tells a scheduler that the run is not finished."""
-        for step in range(self.start, self.stop):
-            yield step
+        """The steps still to do. They end early after a signal (SIGTERM, Ctrl-C ...), once the loop
+        has saved; then the exit code, 128 + signal, tells a scheduler that the run is not finished.
+        Raises ValueError at the end of a run of which nothing is to be kept."""
+        for self.now in range(self.start, self.stop):
+            yield self.now
             if self.stopping:
                 break
         self.bar.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.stopping:
             if self.dist.is_main:
-                tqdm.write("stopped by a signal after saving: the same command goes on from here")
+                how = "in a skipped step, so not saved" if self.due else "after saving"
+                say(f"stopped by a signal {how}: the same command, without --fresh, goes on")
             sys.exit(128 + (self.signal or signal.SIGTERM))
+        if self.due:
+            raise ValueError("the last step was skipped, without a finite gradient, so it was not "
+                             "saved: with more steps the same command goes on from before")
+        if 2 * self.skipped > self.stop:
+            raise ValueError(f"{self.skipped} of {self.stop} steps were skipped, without a finite "
+                             "gradient: no result, start again with --fresh and a lower --lr")
 
     def micro_batches(self):
-        """This process's micro batches of one step; the time that each is waited for is counted."""
-        for _ in range(self.plan.accumulation):
+        """This process's micro batches of one step; the time that each is waited for is counted.
+        After a signal a step of several ends early, undone."""
+        for micro in range(self.plan.accumulation):
+            if micro:
+                self.cut = self._asked_to_stop()
+                if self.cut:
+                    break
             before = time.perf_counter()
             batch = next(self.loader)
             self.waited += time.perf_counter() - before
             yield batch
+
+    def _asked_to_stop(self):
+        """Whether any process got a signal, or has lost the torchrun that started it."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            self.signal = self.signal or signal.SIGTERM
+        return bool(self.dist.all_reduce(torch.tensor(int(self.signal is not None))))
 
     def record(self, **values):
         """Adds scalars to the averages of the next log line, without waiting for the device."""
@@ -911,25 +1113,40 @@ class Run:
         self.count += 1
 
     def is_finite(self, grad_norm):
-        """Whether the optimiser may step; a gradient that is not finite is counted instead, ten in
-        a row end the run. Waiting for the device here, once a step, guarantees that no bad gradient
-        reaches the weights. All processes have the same averaged gradient and decide alike."""
-        bad = not grad_norm.isfinite()
-        self.skipped, self.failures = self.skipped + bad, bad * (self.failures + 1)
-        if self.failures == 10:
-            raise ValueError("no finite gradient in ten steps: start again with --fresh and a "
-                             "lower --lr, from a checkpoint with --init")
-        return not bad
+        """Whether the optimiser may step; a gradient that is not finite is counted instead: ten in
+        a row end the run, or a hundred in a thousand. Waiting for the device here, once a step,
+        guarantees that no bad gradient reaches the weights. All processes have the same averaged
+        gradient and decide alike."""
+        bad = not self.cut and not grad_norm.isfinite()
+        self.failures, self.skipped = bad * (self.failures + 1), self.skipped + bad
+        self.bad_steps = [step for step in self.bad_steps if step > self.now - 1000]
+        self.bad_steps += [self.now] * bad
+        if self.failures == 10 or len(self.bad_steps) == 100:
+            raise ValueError("no finite gradient in ten steps, or in a hundred of a thousand: start "
+                             "again with --fresh and a lower --lr, from a checkpoint by --init")
+        return not bad and not self.cut
 
     def log(self, step, lr, grad_norm):
         """Counts a finished step, and writes a line every --log_every steps. True when it is time
-        to save: every --save_every steps, at the end, and after a signal to any process."""
-        self.bar.update(1)
-        self.stopping = bool(self.dist.all_reduce(torch.tensor(int(self.signal is not None))))
-        if step % self.config.log_every == 0 or step == self.stop:
-            self._write_line(step, lr, grad_norm)
+        to save: every --save_every steps, at the end, and after a signal to any process; never
+        while steps are skipped."""
+        self.stopping = self.cut or self._asked_to_stop()
+        if not self.cut:
+            with contextlib.suppress(OSError, ValueError):  # a bar on a closed terminal
+                self.bar.update(1)
+            if step % self.config.log_every == 0 or step == self.stop:
+                self._write_line(step, lr, grad_norm)
         every = self.config.save_every or self.plan.steps_per_epoch
-        return step % every == 0 or step == self.stop or self.stopping
+        self.due |= step % every == 0 or step == self.stop or self.stopping
+        if not self.due or self.failures:
+            return False
+        if self.sums:  # collective, as only the main process saves
+            totals = self.dist.all_reduce(torch.stack(list(self.sums.values())).cpu())
+            self.totals = dict(zip(self.sums, totals))
+        else:
+            self.totals = {}
+        self.due = False
+        return True
 
     def _write_line(self, step, lr, grad_norm):
         sums = self.dist.all_reduce(torch.stack(list(self.sums.values())))
@@ -939,30 +1156,102 @@ class Run:
                     **dict(zip(self.sums, means)), lr=lr, grad_norm=float(grad_norm),
                     images_per_s=round(self.plan.batch_size / seconds, 1),
                     data_wait=round(self.waited / (now - self.clock), 3),  # share of the time
-                    eta_s=round((self.plan.total_steps - step) * seconds), skipped=self.skipped)
+                    eta_s=round((self.plan.total_steps - step) * seconds), skipped=self.skipped,
+                    replaced=self.samples.replaced())
         if self.dist.device.type == "cuda":
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.sums, self.count, self.waited, self.clock, self.logged = {}, 0, 0.0, now, step
+        self.waited, self.clock, self.logged = 0.0, now, step
+        allowed = max(10, 0.001 * self.num_images) if self.config.max_bad < 0 \
+            else self.config.max_bad * self.num_images
+        if line["replaced"] > allowed:
+            raise ValueError(f"{line['replaced']} of {self.num_images} images cannot be read: mend "
+                             "them, or accept them with --max_bad")
+        if step % self.config.log_every == 0:  # not at a --max_steps in between
+            self.sums, self.count = {}, 0
         if self.dist.is_main:
             finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-            with open(self.folder / "log.jsonl", "a") as file:  # JSON knows no NaN
-                file.write(json.dumps(finite) + "\n")
             words = "  ".join(f"{name} {value:.4g}" for name, value in list(line.items())[1:])
-            tqdm.write(f"step {step}/{self.plan.total_steps}  {words}")
+            say(f"step {step}/{self.plan.total_steps}  {words}")
+            self.write(finite)  # JSON knows no NaN
+
+    def write(self, line):
+        """Appends a line to the log; one that cannot be written now is written with the next."""
+        self.unwritten += json.dumps(line) + "\n"
+        try:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            say(f"warning: {self.folder}/log.jsonl: {error.strerror}; the line is written with the "
+                "next one", sys.stderr)
 
     def save(self, model, optimizer, step, export=None, **more):
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all that others need:
         `export`, a ViT, None where it is frozen and has a file of its own. `more` is plain data or
-        tensors, found in `state` on resuming. Call it in the main process only."""
+        tensors, found in `state` on resuming. Call it in the main process only.
+        Raises ValueError instead of saving what is not finite."""
+        step -= self.cut  # which was not done
+        moments = [value for entry in optimizer.state.values() for value in entry.values()
+                   if isinstance(value, torch.Tensor)]
+        if not all_finite([*model.state_dict().values(), *moments]):
+            raise ValueError(f"weights or moments are not finite after step {step}, which is not "
+                             "saved: start again with --fresh and a lower --lr")
         # The encoder first: after a kill in between a resumed run makes both again.
         if export is not None:
             more["encoder"] = export.config  # the number of heads is in no weight
             save_encoder(export, self.folder / "encoder.safetensors", method=self.method, step=step)
         state = dict(kind=self.kind, method=self.method, version=VERSION, config=vars(self.config),
                      step=step, total_steps=self.plan.total_steps, num_images=self.num_images,
-                     skipped=self.skipped, exif=EXIF, model=model.state_dict(),
+                     fingerprint=self.fingerprint, skipped=self.skipped, bad_steps=self.bad_steps,
+                     sums=self.totals, count=self.count, exif=EXIF, model=model.state_dict(),
                      optimizer=optimizer.state_dict(), **more)
-        write_atomically(self.checkpoint, lambda path: torch.save(state, path))
+        write_atomically(self.checkpoint, lambda path: torch.save(state, path), keep="previous.pt")
+
+    def draw(self, preview):
+        """`preview(path)` draws preview.png; whatever happens there is no reason to end a run."""
+        try:
+            preview(self.folder / "preview.png")
+        except Exception as error:
+            say(f"warning: no preview.png ({type(error).__name__}: {error})", sys.stderr)
+
+
+def check_optimizer(state, optimizer, what):
+    """Raises ValueError unless a state's moments have the shapes of the parameters: fused AdamW
+    would crash, or, without any, silently start anew."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        entries = state["optimizer"]["state"]
+        moments = [(parameters[index], value) for index, entry in entries.items()
+                   for value in entry.values() if isinstance(value, torch.Tensor)]
+        fits = [len(group["params"]) for group in state["optimizer"]["param_groups"]] == [
+            len(group["params"]) for group in optimizer.param_groups] \
+            and all(not value.ndim or value.shape == p.shape for p, value in moments) \
+            and len({frozenset(entry) for entry in entries.values()}) <= 1 \
+            and (entries or state["step"] == state["skipped"])
+    except (KeyError, TypeError, IndexError, AttributeError):
+        fits = False
+    if not fits or not all_finite([value for _, value in moments]):
+        raise ValueError(f"{what} has an optimiser that does not fit this model, or is not finite")
+
+
+def json_or_none(path):
+    """The dict in a JSON file, or None."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(Path(path).read_bytes())
+        return content if isinstance(content, dict) else None
+
+
+def read_log(folder):
+    """The lines of a run's log as ([dict ...], [bytes that are no such line ...]); a last line that
+    was cut off is left out."""
+    lines, broken, log = [], [], Path(folder) / "log.jsonl"
+    for raw in log.read_bytes().splitlines(True) if log.is_file() else []:
+        try:
+            line = json.loads(raw)
+            lines.append(line if isinstance(line["step"], int) and raw.endswith(b"\n") else 1 / 0)
+        except (ValueError, TypeError, KeyError, ZeroDivisionError):
+            broken += [raw] * raw.endswith(b"\n")
+    return lines, broken
 
 
 def leave_group(worker_id):
@@ -993,6 +1282,13 @@ def save_panels(path, rows, captions, note="", side=168):
         draw.text((6 + column * (side + 6), 5), caption, fill="black")
     draw.text((6, sheet.height - 18), note, fill="black")
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def check_picture(path):
+    """Raises ValueError unless `path` is a new file that ends in .png, or a picture already."""
+    path = Path(path)
+    if path.suffix != ".png" or path.exists() and path.read_bytes()[:4] != b"\x89PNG":
+        raise ValueError(f"{path} should be a new file that ends in .png: nothing else is replaced")
 
 
 def colour_map(values):
@@ -1040,6 +1336,8 @@ class TrainConfig(MachineConfig):
     save_every: int = flag(0, "steps between checkpoints (default: an epoch)")
     max_steps: int = flag(0, "stop at this step, counted from 0; the schedule stays as it is")
     log_every: int = flag(20, "steps between log lines", positive=True)
+    max_bad: float = flag(-1.0, "share of images that may be unreadable (default: 0.001, or ten)")
+    data_changed: bool = flag(False, "go on although the images are not those of the start")
     fresh: bool = flag(False, "start a new numbered folder instead of going on with the run")
 
 
@@ -1130,7 +1428,7 @@ def describe(facts, config, model, plan, dist, data, folder):
         files=f"{folder}/: config.json, log.jsonl, last.pt, encoder.safetensors, pictures",
         recipe=json.dumps(vars(config)))
     if dist.is_main:
-        print("\n".join(f"{label:8} {text}" for label, text in lines.items()), flush=True)
+        say("\n".join(f"{label:8} {text}" for label, text in lines.items()))
 
 
 def count_flops(run):
@@ -1171,17 +1469,19 @@ def dry_run(config, folder, model, inputs, *frozen):
 def main(method, config, example, train):
     """What `python METHOD.py` does: the dry run, a picture, or a run, new or continued."""
     out = config.out or f"runs/{method}_{config.run_name}"
+    if config.preview:
+        check_picture(config.preview)
     if config.dry_run:
         return dry_run(config, out, *example(config))
     run = Run(method, config, out)
     made = f"{run.folder}/ holds preview.png, log.jsonl, encoder.safetensors, last.pt"
     weights = run.checkpoint if run.state else config.init or "untrained weights"
     if run.finished and not config.preview:
-        return print(f"finished at step {run.start}: {made}; --fresh starts anew")
+        return say(f"finished at step {run.start}: {made}; --fresh starts anew")
     with distributed(config.device) as dist:
         train(config, run, dist)
         if dist.is_main:
-            print(f"drew {config.preview} from {weights}" if config.preview else f"done: {made}")
+            say(f"drew {config.preview} from {weights}" if config.preview else f"done: {made}")
 
 
 def run_main(main):
@@ -1194,12 +1494,18 @@ def run_main(main):
         message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
         if getattr(error, "strerror", None):
             message = f"{error.strerror}: {error.filename or 'a file of this run'}"
+    except KeyboardInterrupt:
+        message = "interrupted"
     except (RuntimeError, MemoryError) as error:
-        if not re.search("MemoryError|out of memory|allocate memory|enough memory", repr(error)):
+        if re.search("DataLoader worker .*(killed|exited)", str(error)):
+            message = ("a loader's worker was killed, perhaps for its memory: the same command "
+                       "with fewer --workers goes on from the last checkpoint")
+        elif re.search("MemoryError|out of memory|allocate memory|enough memory", repr(error)):
+            message = ("out of memory: the same command with half the --micro_batch goes on from "
+                       "the last checkpoint, with the same batch; without training: --batch_size")
+        else:
             raise
-        message = ("out of memory: the same command with half the --micro_batch goes on from the "
-                   "last checkpoint, with the same global batch; without training: --batch_size")
     time.sleep(3 * (rank > 0))
-    print(f"error: {message}" + (f" [process {rank}]" if rank else ""), file=sys.stderr, flush=True)
+    say(f"error: {message}" + (f" [process {rank}]" if rank else ""), sys.stderr)
     # Of several processes one that fails must end at once: to clean up is to wait for the others.
     os._exit(1) if world > 1 else sys.exit(1)

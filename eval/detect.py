@@ -34,6 +34,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import re
@@ -221,6 +222,10 @@ class CocoImages(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.ends) - 1
+
+    def fingerprint(self):
+        """As of `common.Images`: of the entries of all images."""
+        return hashlib.blake2b(self.records.numpy(), digest_size=16).hexdigest()
 
     def __getitem__(self, index):
         record = self.records[self.ends[index]: self.ends[index + 1]].numpy().tobytes()
@@ -524,7 +529,7 @@ def train(config, run, dist, started):
         if run.log(step, lr, grad_norm) and dist.is_main:
             # The last two are what --eval_only needs to build the detector again.
             run.save(model, optimizer, step, vit, encoder=vit.config, classes=list(images.classes))
-            draw(run.folder / "preview.png", model, val, config, dist.device)
+            run.draw(lambda path: draw(path, model, val, config, dist.device))
     report(config, model, val, dist, path, started, run.stop, train=images.name, train_images=len(images))
 
 

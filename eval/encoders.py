@@ -32,7 +32,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
 from safetensors.torch import save
 
 if not __package__:  # started by its file name, Python does not find common.py
@@ -93,6 +92,9 @@ def load_encoder(path, own_norm=False, key="", **override):
                              f"{vit.config['in_chans']} (patch_embed.proj.weight is {list(kernel.shape)})")
         ignored = [name for name in weights if name not in wanted]
         check_weights(weights, wanted, extra=[name for name in ignored if not OTHERS.match(name)])
+        if not all(weights[name].is_floating_point() for name in wanted) \
+                or not common.all_finite(weights[name] for name in wanted):
+            raise ValueError("its weights hold numbers that are not finite, or no floating-point numbers")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # Copied, not assigned: half precision becomes float32, and no two parameters share memory.
@@ -118,8 +120,7 @@ def read_state(path, key=""):
     `find_encoder` does, and for a part beside the encoder that is not known to be another."""
     content = about = common.read_checkpoint(path)
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
+        about = common.read_about(path)
     flat, ours = dict(flatten(content)), "kind" in about
     try:
         root, roots = find_encoder(flat, key)

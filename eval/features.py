@@ -110,6 +110,8 @@ def main(argv=None):
     if size > LIMIT or header > NAMES_LIMIT:
         raise ValueError(f"{cost}, {header / 1e6:.0f} MB of names: too much, take fewer layers or images")
     out = Path(config.out).absolute()
+    if out.exists() and common.read_about(out).get("kind") != "features":
+        raise ValueError(f"--out {config.out} exists and holds no features: give another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {config.out} cannot be written there: give a folder of your own")

@@ -333,7 +333,7 @@ def train(config, run, dist, vit, digest):
     common.describe(dict(model=f"{len(val.classes)} classes"), config, model, plan, dist, data, run.folder)
     run.begin(dist, plan, samples, model, optimizer)
     if dist.is_main:
-        preview(run.folder / "preview.png", samples, mix, vit)
+        run.draw(lambda path: preview(path, samples, mix, vit))
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
     if run.start and run.start % plan.steps_per_epoch == 0 and run.start not in measured(run.folder):
         test(tested, val, run.start, plan, config, run, dist)  # the run was killed between save and test
@@ -348,7 +348,7 @@ def train(config, run, dist, vit, digest):
     for step, lr, grad_norm in fit(
             config, run, dist, plan, model, optimizer, compute_loss, lambda step: common.learning_rate(
                 step, config.lr, warmup_steps, plan.total_steps, config.min_lr)):
-        if ema and not run.failures:  # a step that was skipped changes nothing
+        if ema and not run.failures and not run.cut:  # a step that was skipped changes nothing
             ema.update_parameters(model)
         if run.log(step, lr, grad_norm) and dist.is_main:
             run.save(model, optimizer, step, vit, classes=list(val.classes), encoder=vit.config,

@@ -81,8 +81,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--out", default="plot.png", help="the picture, a PNG (default: plot.png)")
     given = parser.parse_args(argv)
-    if not given.out.endswith(".png"):
-        raise ValueError(f"--out {given.out} should end in .png")
+    common.check_picture(given.out)
     draw(given.runs, given.out)
 
 

@@ -309,6 +309,7 @@ def append_result(kind, checkpoint, vit, config, started, **facts):
         processes=int(os.environ.get("WORLD_SIZE", 1)), flags=dataclasses.asdict(config),
         seed=config.seed, commit=common.commit(), command=" ".join(sys.argv))
     log = checkpoint.parent / "eval.jsonl"
+    cut = log.exists() and not log.read_bytes().endswith(b"\n")  # a line of a process that was killed
     with open(log, "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write("\n" * cut + json.dumps(record) + "\n")
     print(f"appended to {log}")

@@ -112,6 +112,11 @@ class LabelMaps(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
+    def fingerprint(self):
+        """As of `common.Images`."""
+        maps = common.Images(self.maps) if isinstance(self.maps, torch.Tensor) else self.maps
+        return self.images.fingerprint() + maps.fingerprint()
+
     def __getitem__(self, index):
         if isinstance(self.maps, torch.Tensor):
             return self.images[index][0], self.maps[index].int(), f"scene {index}"

@@ -301,7 +301,7 @@ LOOP = [(title, "train", *change) for title, *change in (
     ("warm-up in epochs", "config.warmup_epochs * plan.steps_per_epoch", "config.warmup_epochs"),
     ("all decay", "AdamW(groups,", "AdamW(model.parameters(),"),
     ("the checkpoint is a step behind", "optimizer, step + 1", "optimizer, step"),
-    ("a picture ends training mode", "device) model.train()", "device)"))]
+    ("a picture ends training mode", "device)) model.train()", "device))"))]
 
 
 def check_loop(module, name):
