@@ -2,6 +2,7 @@
 # make demo-mfm     the same for MAE and for MFM, side by side
 # make demo-beyond  the same for each task of Beyond Masking, the two best-known ones at length
 # make test         the test suite
+# make faults       what disks, signals and damaged files do to runs, and a table of it; half an hour
 # Each makes .venv when it is missing. PYTHON=/path/to/python uses an existing environment instead.
 
 ifdef PYTHON
@@ -14,7 +15,7 @@ endif
 # Threads that wait for each other by spinning make a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-mfm demo-beyond test
+.PHONY: demo demo-mfm demo-beyond test faults
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) cae_v2.py --demo
@@ -40,6 +41,10 @@ demo-beyond: $(ENVIRONMENT)
 
 test: $(ENVIRONMENT)
 	$(PYTHON) -m pytest
+
+# KILLS=50 is how often each of the seven scripts is killed.
+faults: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -m "slow or not slow" tests/test_faults.py tests/test_runs.py
 
 .venv/ready: pyproject.toml
 	@echo "making .venv and installing torch, torchvision, einops, open_clip, tqdm, pytest (a few minutes)"

@@ -791,7 +791,8 @@ def check_tensors(found, wanted, what):
 
 def all_finite(tensors):
     """Whether no tensor holds a NaN or an infinity; the device is waited for once."""
-    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    floats = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)
+              and tensor.is_floating_point() and tensor.numel()]
     return not floats or bool(nn.utils.get_total_norm(floats, math.inf).isfinite())
 
 
@@ -908,10 +909,12 @@ class Run:
         """The content of a last.pt. Raises ValueError for anything else."""
         state = read_checkpoint(path)
         lacking = [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]
-        if lacking or state["version"] != VERSION:
-            raise ValueError(f"{path} is no state of a run: " + (
-                f"it has no {lacking[0]}" if lacking else f"its version is {state['version']}, and "
-                f"this code writes {VERSION}"))
+        if lacking:
+            raise ValueError(f"{path} is no state of a run: it has no {lacking[0]}")
+        if state["version"] != VERSION:
+            raise ValueError(f"{path} has the version {state['version']}, this code {VERSION}")
+        if not all_finite(state["model"].values()):
+            raise ValueError(f"{path} holds weights that are not finite")
         return state
 
     def claim(self):
@@ -1122,8 +1125,8 @@ class Run:
         self.bad_steps = [step for step in self.bad_steps if step > self.now - 1000]
         self.bad_steps += [self.now] * bad
         if self.failures == 10 or len(self.bad_steps) == 100:
-            raise ValueError("no finite gradient in ten steps, or in a hundred of a thousand: start "
-                             "again with --fresh and a lower --lr, from a checkpoint by --init")
+            raise ValueError("no finite gradient in ten steps, or in a hundred of the last 1000: "
+                             "start again with --fresh, a lower --lr, and a checkpoint as --init")
         return not bad and not self.cut
 
     def log(self, step, lr, grad_norm):
@@ -1151,21 +1154,18 @@ class Run:
     def _write_line(self, step, lr, grad_norm):
         sums = self.dist.all_reduce(torch.stack(list(self.sums.values())))
         means, now = (sums / self.count / self.dist.world).tolist(), time.perf_counter()
-        seconds = (now - self.clock) / (step - self.logged)  # per step
+        passed = max(now - self.clock, 1e-6)  # a clock may jump
+        seconds = passed / (step - self.logged)  # per step
         line = dict(step=step, epoch=round(step / self.plan.steps_per_epoch, 4),
                     **dict(zip(self.sums, means)), lr=lr, grad_norm=float(grad_norm),
                     images_per_s=round(self.plan.batch_size / seconds, 1),
-                    data_wait=round(self.waited / (now - self.clock), 3),  # share of the time
+                    data_wait=round(self.waited / passed, 3),  # share of the time
                     eta_s=round((self.plan.total_steps - step) * seconds), skipped=self.skipped,
                     replaced=self.samples.replaced())
         if self.dist.device.type == "cuda":
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.waited, self.clock, self.logged = 0.0, now, step
-        allowed = max(10, 0.001 * self.num_images) if self.config.max_bad < 0 \
-            else self.config.max_bad * self.num_images
-        if line["replaced"] > allowed:
-            raise ValueError(f"{line['replaced']} of {self.num_images} images cannot be read: mend "
-                             "them, or accept them with --max_bad")
+        self.check_images()
         if step % self.config.log_every == 0:  # not at a --max_steps in between
             self.sums, self.count = {}, 0
         if self.dist.is_main:
@@ -1173,6 +1173,13 @@ class Run:
             words = "  ".join(f"{name} {value:.4g}" for name, value in list(line.items())[1:])
             say(f"step {step}/{self.plan.total_steps}  {words}")
             self.write(finite)  # JSON knows no NaN
+
+    def check_images(self):
+        """Raises ValueError where too many images cannot be read."""
+        bad, share = self.samples.replaced(), self.config.max_bad
+        if bad > (share * self.num_images if share >= 0 else max(10, 0.001 * self.num_images)):
+            raise ValueError(f"{bad} of {self.num_images} images cannot be read: mend them, or "
+                             "accept so many with --max_bad")
 
     def write(self, line):
         """Appends a line to the log; one that cannot be written now is written with the next."""
