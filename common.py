@@ -771,9 +771,10 @@ def read_checkpoint(path):
 
 def read_about(path):
     """What we note in a .safetensors file beside the tensors; {} in files of others."""
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("about", "{}"))
-    return about if isinstance(about, dict) else {}
+    with contextlib.suppress(Exception), safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        return about if isinstance(about, dict) else {}
+    return {}
 
 
 def check_tensors(found, wanted, what):
@@ -1024,11 +1025,11 @@ class Run:
         Allowed is what a run leaves that was killed before it first saved."""
         started = json_or_none(self.folder / "config.json") or {}
         first = started.get("save_every") or started.get("steps_per_epoch", 0)
-        allowed = {"eval.jsonl", "label_maps.json"}
+        allowed, encoder = {"eval.jsonl", "label_maps.json"}, self.folder / "encoder.safetensors"
         files = {path.name for path in self.folder.glob("[!.]*") if path.is_file()} - allowed
-        saved = {"last.pt", "previous.pt", "encoder.safetensors"} & files or any(
-            line["step"] > first for line in read_log(self.folder)[0])
-        if files and (saved or started.get("method") != self.method):
+        steps = [line["step"] for line in read_log(self.folder)[0]]
+        steps += [read_about(encoder).get("step", math.inf)] * encoder.exists()
+        if files and (max(steps, default=0) > first or started.get("method") != self.method):
             raise ValueError(f"{self.folder} holds {min(files)} and more, but no last.pt to go on "
                              "from: --fresh starts in a new folder beside it")
 

@@ -205,7 +205,13 @@ def test_nothing_is_replaced_by_a_new_run(tmp_path, left, refused):
     (tmp_path / "new" / "log.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "killed").mkdir()
     shutil.copy(tmp_path / "old" / "config.json", tmp_path / "killed")
+    vit = common.ViT(8, 4, embed_dim=8, depth=1, num_heads=1)
+    common.save_encoder(vit, tmp_path / "killed" / "encoder.safetensors", step=1)  # between the two files of a save
     tiny_run(tmp_path / "killed", 1)
+    (tmp_path / "killed" / "last.pt").unlink(), (tmp_path / "killed" / "log.jsonl").unlink()
+    common.save_encoder(vit, tmp_path / "killed" / "encoder.safetensors", step=9)
+    with pytest.raises(ValueError, match="no last.pt"):
+        tiny_run(tmp_path / "killed", 1)
 
 
 def test_a_damaged_log_is_set_aside_and_a_full_disk_costs_no_line(tmp_path, capsys, monkeypatch):

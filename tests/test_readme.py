@@ -29,9 +29,11 @@ def config_of(name, flags):
 def test_flags_files_and_commands_exist():
     scripts = map(importlib.import_module, [*METHODS.values(), *(f"eval.{name}" for name in EVALS)])
     flags = {field.name for script in scripts for field in dataclasses.fields(script.Config)}
-    named = set(re.findall(r"--([a-z_]+)", README)) - {"nproc_per_node", "form"}
+    others = re.sub(r"(?m)^#SBATCH.*|--max-restarts", "", README)  # SLURM's and torchrun's
+    torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    named = set(re.findall(r"--([a-z_]+)", others)) - {"form"} - torchrun
     assert len(named) > 10 and named - flags == set()
-    made = {"preview.png", "log.jsonl", "encoder.safetensors", "last.pt", "eval.jsonl"}
+    made = {"preview.png", "log.jsonl", "encoder.safetensors", "last.pt", "previous.pt", "eval.jsonl"}
     files = set(re.findall(r"[`(\"]([\w/-]+\.(?:py|md|cff|png|jsonl|safetensors|pt))[`)\"]", README)) - made
     assert len(files) > 5 and [file for file in files if not (ROOT / file).exists() and file[:5] != "runs/"] == []
     for target in re.findall(r"^make ([\w-]+)", README, re.M):
