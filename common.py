@@ -1091,14 +1091,14 @@ class Run:
             raise ValueError(f"{self.skipped} of {self.stop} steps were skipped, without a finite "
                              "gradient: no result, start again with --fresh and a lower --lr")
 
-    def micro_batches(self):
+    def micro_batches(self, whole=False):
         """This process's micro batches of one step; the time that each is waited for is counted.
-        After a signal a step of several ends early, undone."""
+        After a signal a step of several ends early, undone, unless it must be `whole`."""
+        sums, count = dict(self.sums), self.count
         for micro in range(self.plan.accumulation):
-            if micro:
-                self.cut = self._asked_to_stop()
-                if self.cut:
-                    break
+            if micro and not whole and self._asked_to_stop():
+                self.cut, self.sums, self.count = True, sums, count
+                break
             before = time.perf_counter()
             batch = next(self.loader)
             self.waited += time.perf_counter() - before

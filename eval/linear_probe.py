@@ -211,7 +211,7 @@ def train(config, vit, pool, probes, images, run, dist, digest):
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = common.learning_rate(step, peak, warmup_steps, plan.total_steps)  # [D2]
         features, labels = [], []
-        for views, micro_labels in run.micro_batches():
+        for views, micro_labels in run.micro_batches(whole=True):
             with torch.no_grad(), common.autocast(dist.device, config.precision):
                 tokens = vit(normalise(views, vit, dist.device))  # (m, [1+]N, D)
             features.append(check_finite(pool_tokens(tokens.float(), pool, math.prod(vit.grid))))

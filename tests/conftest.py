@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import common
 from helpers import write_images
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
@@ -20,7 +21,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def signals():
     """A run that ends by an error leaves its handlers behind: none may leak into the next test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in common.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -83,7 +83,9 @@ def test_the_cheap_checks_come_first_and_a_file_of_others_is_kept(fails, tmp_pat
     (ValueError("the flag is wrong"), "error: the flag is wrong"), (MemoryError(), "--micro_batch"),
     (OSError(28, "No space left on device", "runs/last.pt"), "No space left on device: runs/last.pt"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--micro_batch"), (KeyError("x"), None),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--micro_batch")])
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--micro_batch"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "fewer --workers goes on"),
+    (KeyboardInterrupt(), "interrupted")])
 def test_what_a_user_can_mend_is_one_sentence(capsys, monkeypatch, error, words):
     """A mistake of ours keeps its traceback. Of several processes, one that fails ends at once."""
     with pytest.raises(SystemExit if words else KeyError) as stop:

@@ -293,6 +293,54 @@ def test_a_picture_is_no_reason_to_stop_and_control_characters_reach_no_terminal
     common.say("nobody hears it")
 
 
+def test_a_second_signal_ends_at_once_but_not_torchruns_own(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    run = common.Run("x", common.TrainConfig(), tmp_path)
+    run.signal = None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run._remember(number, None)
+    assert ended == [128 + signal.SIGTERM] and run.signal == signal.SIGINT
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    run._remember(signal.SIGTERM, None)
+    assert len(ended) == 1
+    run.signalled -= 2
+    run._remember(signal.SIGTERM, None)
+    assert len(ended) == 2
+    run.dist, run.signal, run.parent = common.Dist(0, 1, None), None, -1  # torchrun is gone
+    assert run._asked_to_stop() and run.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(step=3), dict(images="y"), dict(commit="z"), dict(out="r1")])
+def test_processes_that_see_different_things_stop_together(tmp_path, monkeypatch, change):
+    def gather(everyone, facts):
+        everyone[:] = [facts, {**facts, **change}]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    run = common.Run("x", common.TrainConfig(), tmp_path)
+    run.dist, run.fingerprint = common.Dist(0, 2, None), "x"
+    with pytest.raises(ValueError, match=f"process 1 has another {[*change][0]} than process 0"):
+        run._compare_processes()
+    change.clear()
+    run._compare_processes()
+
+
+def test_fresh_was_for_the_first_start_of_a_job_that_torchrun_restarts(tmp_path, monkeypatch):
+    config = common.TrainConfig(fresh=True)
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir()
+    assert common.Run("x", config, tmp_path / "run").folder.name == "run-3"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert common.Run("x", config, tmp_path / "run").folder.name == "run-2"
+
+
+def test_a_pipe_is_no_image_and_nothing_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png cannot be read"):
+        common.read_image(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        common.list_images(tmp_path)
+
+
 @pytest.mark.slow
 @each()
 def test_random_kills_lose_nothing(script, places, tmp_path):  # noqa: F811

@@ -126,6 +126,9 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(place, capsys, monkeypatch
         assert re.search(match, sentence(capsys.readouterr().err))
         assert not (folder / "f.safetensors").exists() and not (folder / "eval.jsonl").exists()
 
+    before = (folder / "encoder.safetensors").read_bytes()
+    fails([*flags, "--out", folder / "encoder.safetensors"], "exists and holds no features")
+    assert (folder / "encoder.safetensors").read_bytes() == before
     fails([*flags, "--out", folder / "f.npy"], "--out must name the file to write, ending in .safetensors")
     for layers in ("1,x", "3", "-4", "1,"):
         fails([*flags, f"--layers={layers}"], f"--layers {layers}: the encoder has blocks 0 to 2, given as in 0,-1")

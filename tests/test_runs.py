@@ -114,7 +114,7 @@ def steps(folder):
 
 @each()
 def test_no_kind_of_stop_changes_a_bit(script, unbroken, tmp_path, disturb):
-    """--max_steps, a crash, Ctrl-C, SIGTERM; afterwards with workers."""
+    """--max_steps, a crash, Ctrl-C, SIGTERM, SLURM's signal; afterwards with workers."""
     out = tmp_path / "run"
     assert script(out, "--max_steps=2") == 0 and load(out)["step"] == 2
     disturb(lambda number: None if number < 3 else 1 / 0)
@@ -123,7 +123,7 @@ def test_no_kind_of_stop_changes_a_bit(script, unbroken, tmp_path, disturb):
     assert load(out)["step"] == 3 and steps(out) == [1, 2, 3, 4]
     with open(out / "log.jsonl", "a") as file:  # as if it had died within a line
         file.write('{"step": 99, "lo')
-    for number, step in ((signal.SIGINT, 4), (signal.SIGTERM, 5)):
+    for number, step in ((signal.SIGINT, 4), (signal.SIGTERM, 5), (signal.SIGUSR1, 6)):
         disturb(lambda count: signal.raise_signal(number))
         assert script(out, "--save_every=1000") == 128 + number  # the step is finished, and saved
         assert load(out)["step"] == steps(out)[-1] == step
@@ -186,6 +186,16 @@ def test_the_same_command_and_another_one(script, unbroken, tmp_path, capsys):
     assert load(out)["step"] == 9 and steps(out) == list(range(1, 10))
     for number in (2, 3):
         assert script(out, "--fresh", "--max_steps=1") == 0 and load(tmp_path / f"moved-{number}")["step"] == 1
+
+
+@each(without=["eval.linear_probe"])  # which has no backward pass per micro batch
+def test_a_signal_between_micro_batches_undoes_the_step(script, tmp_path, disturb):
+    out, split = tmp_path / "cut", "--micro_batch=2"
+    disturb(lambda number: signal.raise_signal(signal.SIGTERM) if number == 6 else None)  # in the second of four
+    assert script(out, split) == 128 + signal.SIGTERM and load(out)["step"] == 1 and steps(out) == [1]
+    disturb(None)
+    assert script(out, split) == script(tmp_path / "whole", split) == 0
+    assert_same_run(out, tmp_path / "whole")
 
 
 @each(quick=("mfm_mae",))
