@@ -370,7 +370,7 @@ def test_random_kills_lose_nothing(script, places, tmp_path):  # noqa: F811
     while kills < KILLS:
         out, killed, chains = tmp_path / f"chain{chains}", True, chains + 1
         while killed:
-            killed = forked(out, random.uniform(0, 1.2 * whole))
+            killed = forked(out, random.uniform(0, 2 * whole + 0.3))
             kills += killed
         try:
             assert_same_run(out, tmp_path / "whole")
