@@ -352,8 +352,8 @@ class Images(torch.utils.data.Dataset):
         start = len(os.path.commonprefix([os.path.dirname(min(self.files, default=b"")) + b"/",
                                           os.path.dirname(max(self.files, default=b"")) + b"/"]))
         for file in self.files.tolist():
-            size = os.stat(file).st_size if os.path.exists(file) else -1
-            hasher.update(b"%s\0%d\0" % (file[start:], size))
+            with contextlib.suppress(OSError):  # gone: its name is then missing, too
+                hasher.update(b"%s\0%d\0" % (file[start:], os.stat(file).st_size))
         return hasher.hexdigest()
 
     def __getitem__(self, index):
@@ -890,7 +890,8 @@ class Run:
         if self.damaged and not self.state:
             raise ValueError(f"{' and '.join(self.damaged)}: there is nothing to go on from, "
                              "--fresh starts anew")
-        if self.damaged or self.state and not self.checkpoint.exists():
+        told = self.damaged or self.state and not self.checkpoint.exists()
+        if told and os.environ.get("RANK", "0") == "0":
             say("warning: " + "; ".join([*self.damaged, "the run goes on from previous.pt, step "
                                          f"{self.state['step']}"]), sys.stderr)
         if self.state.get("method", method) != method:
