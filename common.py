@@ -713,7 +713,10 @@ def write_atomically(path, write, keep=""):
             os.fsync(file.fileno())
         if keep and path.exists():
             path.with_name(keep).unlink(missing_ok=True)
-            os.link(path, path.with_name(keep))  # a second name: `path` is whole at each moment
+            try:
+                os.link(path, path.with_name(keep))  # a second name: `path` stays at each moment
+            except OSError:  # a file system without links
+                os.replace(path, path.with_name(keep))
         os.replace(temporary, path)
         if os.name == "posix":  # the new name, too, is to survive a power cut
             folder = os.open(path.parent, os.O_RDONLY)
