@@ -290,10 +290,7 @@ def evaluate(model, images, batch_size, config, dist):
 
 def measured(folder):
     """{step: line} of the tests in a run's log.jsonl."""
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    lines = [json.loads(line) for line in lines if line.endswith("}")]  # not one that was cut off
-    return {line["step"]: line for line in lines if "accuracy" in line}
+    return {line["step"]: line for line in common.read_log(folder)[0] if "accuracy" in line}
 
 
 # ---- train, main ---------------------------------------------------------------------------------

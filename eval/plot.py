@@ -24,10 +24,9 @@ LOGGED = dict(loss="loss", accuracy="accuracy", top5="accuracy", weight="weights
 def read_run(folder):
     """{panel: {name: [(x, y) ...]}} of a run's folder; for "frequency", y is the last entry of a curve."""
     folder, found = Path(folder).expanduser(), {}
-    log, frequency = folder / "log.jsonl", folder / "frequency.json"
+    frequency = folder / "frequency.json"
     try:
-        lines = log.read_text().splitlines() if log.exists() else []
-        for line in [json.loads(line) for line in lines if line.endswith("}")]:  # the last may be cut off
+        for line in common.read_log(folder)[0]:
             for name, value in line.items():
                 panel = LOGGED.get(name.split("_")[0])  # a sweep of probes logs loss_0.05, loss_0.1 ...
                 if panel and value is not None:
@@ -39,7 +38,7 @@ def read_run(folder):
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the log in {folder} cannot be read ({type(error).__name__}: {error})") from error
     if not found:
-        raise FileNotFoundError(f"no run in {folder}: log.jsonl and frequency.json are missing or empty")
+        raise FileNotFoundError(f"no run in {folder}: log.jsonl and frequency.json are missing or hold nothing")
     return found
 
 

@@ -148,7 +148,7 @@ def test_plot_command(run, tmp_path, capsys):
     write_log(tmp_path / "new")
     write_log(tmp_path / "broken", dict(loss=5))
     for argv, match in (([run, tmp_path / "none"], "none: log.jsonl and frequency.json are missing"),
-                        ([tmp_path / "new"], "no run in"), ([tmp_path / "broken"], "cannot be read"),
+                        ([tmp_path / "new"], "no run in"), ([tmp_path / "broken"], "no run in"),
                         ([], "required"), ([run, "--out", "x.gif"], "new file that ends in .png")):
         assert call(*argv, main=plot.main) == 1
         assert match in sentence(capsys.readouterr().err), argv
