@@ -20,6 +20,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -991,7 +992,7 @@ class Run:
                 say(f"exif     this run began under another rule; from here on {EXIF}")
         self.state = {}  # frees the memory of the old weights when this is done
         self.skipped, self.bad_steps = state.get("skipped", 0), state.get("bad_steps", [])
-        self.failures, self.due, self.cut, self.unwritten = 0, False, False, ""
+        self.failures, self.due, self.cut, self.unwritten, self.totals = 0, False, False, "", {}
         # The averages of the next log line go on where they stood, in the main process.
         self.count, sums = state.get("count", 0), state.get("sums", {}) if dist.is_main else {}
         self.sums = {name: value.to(dist.device) for name, value in sums.items()}
@@ -1017,12 +1018,11 @@ class Run:
         everyone = [facts] * self.dist.world
         if self.dist.world > 1:
             torch.distributed.all_gather_object(everyone, facts)
-        for rank, theirs in enumerate(everyone):
-            for name, value in theirs.items():
-                if value != everyone[0][name]:
-                    raise ValueError(f"process {rank} has another {name} than process 0, {value!r} "
-                                     f"and {everyone[0][name]!r}: all must see the same files and "
-                                     "flags")
+        for rank, name in itertools.product(range(self.dist.world), facts):
+            one, other = everyone[0][name], everyone[rank][name]
+            if one != other:
+                raise ValueError(f"process {rank} has another {name} than process 0, {other!r} and "
+                                 f"{one!r}: all must see the same files and flags")
 
     def _check_folder(self):
         """Raises ValueError where a new run would replace results, or write among files of others.
@@ -1148,12 +1148,10 @@ class Run:
         self.due |= step % every == 0 or step == self.stop or self.stopping
         if not self.due or self.failures:
             return False
-        if self.sums:  # collective, as only the main process saves
+        self.due, self.totals = False, {}
+        if self.sums:  # all processes', as only the main one saves
             totals = self.dist.all_reduce(torch.stack(list(self.sums.values())).cpu())
             self.totals = dict(zip(self.sums, totals))
-        else:
-            self.totals = {}
-        self.due = False
         return True
 
     def _write_line(self, step, lr, grad_norm):
