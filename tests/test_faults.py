@@ -333,6 +333,13 @@ def test_fresh_was_for_the_first_start_of_a_job_that_torchrun_restarts(tmp_path,
     assert common.Run("x", config, tmp_path / "run").folder.name == "run-2"
 
 
+def test_a_link_at_a_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / f".x.{os.getpid()}.tmp.json").symlink_to(tmp_path / "other")
+    common.write_atomically(tmp_path / "x.json", lambda path: path.write_text("new"))
+    assert ((tmp_path / "other").read_text(), (tmp_path / "x.json").read_text()) == ("kept", "new")
+
+
 def test_a_pipe_is_no_image_and_nothing_waits_for_it(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match="a.png cannot be read"):
