@@ -5,6 +5,7 @@ import builtins
 import contextlib
 import errno
 import itertools
+import math
 import os
 import random
 import shutil
@@ -145,8 +146,10 @@ def test_a_damaged_state_is_told_and_the_one_before_goes_on(tmp_path, capsys, ki
                     common.read_checkpoint(out / "last.pt")
                     continue
         capsys.readouterr()
-        tiny_run(out, 2)
+        tiny_run(out, 1)
         assert "the run goes on from previous.pt, step 2" in capsys.readouterr().err
+        assert common.read_checkpoint(out / "previous.pt")["step"] == 2  # not the damaged one
+        tiny_run(out, 1)
         tries += 1
         lost += bool(load(out)["step"] != 4 or (out / "log.jsonl").read_text().count("\n") != 4)
         assert common.read_checkpoint(out / "previous.pt")["step"] == 3
@@ -176,6 +179,31 @@ def test_a_state_that_does_not_fit_is_one_sentence(tmp_path, change, words):
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(ValueError, match=words):
         tiny_run(tmp_path, 1)
+
+
+def test_a_flipped_bit_in_the_middle_of_a_tensor_is_seen(tmp_path):
+    torch.save({"x": torch.ones(10_000)}, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "x.pt")["x"], torch.ones(10_000))  # torch does not look
+    with pytest.raises(ValueError, match="damaged"):
+        common.read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("moment", [False, True])
+def test_nothing_that_is_not_finite_is_saved(tmp_path, monkeypatch, moment):
+    tiny_run(tmp_path, 2)
+    before, step = (tmp_path / "last.pt").read_bytes(), torch.optim.AdamW.step
+
+    def spoiled(optimizer):
+        step(optimizer)
+        p = optimizer.param_groups[0]["params"][0]
+        (optimizer.state[p]["exp_avg_sq"] if moment else p.data)[0, 0] = math.inf
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiled)
+    with pytest.raises(ValueError, match="not finite after step 3, which is not saved"):
+        tiny_run(tmp_path, 1)
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_an_encoder_file_with_a_flipped_bit_is_refused(tmp_path):
