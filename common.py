@@ -816,8 +816,10 @@ def foreign(path):
     for start, what in FOREIGN.items():
         if head.lstrip(b"\xef\xbb\xbf \r\n").startswith(start):
             return f"it is {what}"
-    if zipfile.is_zipfile(path):
-        return "it is a zip archive: unpack it, or if torch.save wrote it, name it .pt"
+    with contextlib.suppress(zipfile.BadZipFile):
+        if not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return "it is a zip archive: unpack it"
+        return "it is a file of torch.save: name it .pt" * str(path).endswith(".safetensors")
     if head[8:9] == b"{" and not str(path).endswith(".safetensors"):
         return "it is a safetensors file: name it .safetensors"
     text = re.fullmatch(rb"[\t\r\n -~]*", head)
