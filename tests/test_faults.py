@@ -345,10 +345,11 @@ def test_processes_that_see_different_things_stop_together(tmp_path, monkeypatch
         everyone[:] = [facts, {**facts, **change}]
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     run = common.Run("x", common.TrainConfig(), tmp_path)
-    run.dist, run.fingerprint = common.Dist(0, 2, None), "x"
+    samples = common.Samples(common.Images(torch.zeros(8, 3, 4, 4, dtype=torch.uint8)), None, 0)
     with pytest.raises(ValueError, match=f"process 1 has another {[*change][0]} than process 0"):
-        run._compare_processes()
-    change.clear()
+        run.begin(common.Dist(0, 2, None), None, samples, None, None)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # nothing is written before
+    change = {}
     run._compare_processes()
 
 
