@@ -2,7 +2,7 @@
 # make demo-mfm     the same for MAE and for MFM, side by side
 # make demo-beyond  the same for each task of Beyond Masking, the two best-known ones at length
 # make test         the test suite
-# make faults       what disks, signals and damaged files do to runs, and a table of it; half an hour
+# make faults       what disks, signals and damaged files do to runs, and a table of it (15 minutes or more)
 # Each makes .venv when it is missing. PYTHON=/path/to/python uses an existing environment instead.
 
 ifdef PYTHON

@@ -116,7 +116,7 @@ def main(argv=None):
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {config.out} cannot be written there: give a folder of your own")
     with common.distributed(config.device) as dist, only_main_prints(dist):
-        print(f"data     {len(images):,} images in {images.name}\n{cost}", flush=True)
+        common.say(f"data     {len(images):,} images in {images.name}\n{cost}")
         tensors = extract(vit, images, layers, config, dist)
         if dist.is_main:
             bad = tensors[next(iter(layers))].flatten(1).isnan().any(dim=1).nonzero()[:, 0].tolist()

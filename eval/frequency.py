@@ -77,7 +77,7 @@ def main(argv=None):
     encoders = dict(random_init=random_encoder(vit, config.seed), encoder=vit)
     with common.distributed(config.device) as dist:
         if dist.is_main:
-            print(f"data     {len(images):,} of the images in {images.name}", flush=True)
+            common.say(f"data     {len(images):,} of the images in {images.name}")
         rows = {name: curves(encoder, images, config, dist).tolist() for name, encoder in encoders.items()}
         if not dist.is_main:
             return

@@ -77,7 +77,7 @@ def main(argv=None):
     encoder = random_encoder(vit, config.seed) if config.random_init else vit
     weights = "random init" if config.random_init else "pre-trained"
     with common.distributed(config.device) as dist, only_main_prints(dist):
-        print(f"data     {sets}", flush=True)
+        common.say(f"data     {sets}")
         percent = knn(encoder, train, val, config, dist)
         if dist.is_main:
             append_result("knn", checkpoint, vit, config, started, data=config.data, train=train.name,

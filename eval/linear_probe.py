@@ -272,7 +272,7 @@ def main(argv=None):
     pool = "attention" if config.attentive else usual if config.pool == "auto" else config.pool
     images, val, sets = find_train_and_val(config.data, vit.img_size[0])
     with common.distributed(config.device) as dist, only_main_prints(dist):
-        print(f"data     {sets}", flush=True)
+        common.say(f"data     {sets}")
         if lars:
             if not run.start:  # a bad test image is told before the training
                 look_through(Readable(val), "reading", config, dist)

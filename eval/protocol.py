@@ -118,7 +118,7 @@ class CentreViews(torch.utils.data.Dataset):
         except ValueError as error:
             if not self.skip_bad:
                 raise
-            sys.stderr.write(f"warning: {error}\n")
+            common.say(f"warning: {error}", sys.stderr)
             return torch.zeros(3, *self.size, dtype=torch.uint8), UNREADABLE
         return centre_view(image, self.size, self.whole), label
 
