@@ -449,8 +449,9 @@ def list_images(folder):
     while real or links:  # links come after all folders that are really here
         path = real.pop() if real else links.pop(0)
         place, entries = os.stat(path), sorted(os.scandir(path), key=lambda entry: entry.name)
-        if (place.st_dev, place.st_ino) in seen or any(entry.name == ".lock" for entry in entries):
-            continue  # or it is the folder of a run, whose pictures are no data
+        a_run = {".lock", "log.jsonl"} <= {entry.name for entry in entries}  # its pictures: no data
+        if (place.st_dev, place.st_ino) in seen or a_run:
+            continue
         seen.add((place.st_dev, place.st_ino))
         listed[path] = []
         for entry in entries:

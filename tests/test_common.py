@@ -375,6 +375,8 @@ def test_hidden_folders_links_and_other_endings(tmp_path, capsys, monkeypatch):
     (tmp_path / "outside" / "back").symlink_to("../data")
     found = [os.path.relpath(path, tmp_path / "data") for path in common.list_images(tmp_path / "data")]
     assert found == ["0out/c/00.png", "a/00.png", "b/deep/00.png"] and capsys.readouterr().out == ""
+    for name in (".lock", "run/.lock", "run/log.jsonl", "run/preview.png"):  # a lock alone is no run
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True), (tmp_path / "data" / name).touch()
     for name in ("1.gif", "2.gif", "3.JFIF", "none", ".hidden.gif"):
         (tmp_path / "data" / "a" / name).touch()
     assert len(common.list_images(tmp_path / "data")) == 3
