@@ -234,7 +234,8 @@ def symmetric_pad(images, params):
         place = torch.where(place < 0, -1 - place, place)
         place = torch.where(place >= size, 2 * size - 1 - place, place)
         ids = place[:, None, :, None] if dim == 2 else place[:, None, None, :]
-        images = torch.take_along_dim(images, ids, dim=dim)
+        shape = [*images.shape[:dim], -1, *images.shape[dim + 1:]]
+        images = images.gather(dim, ids.expand(shape))
     return images  # (B, C, S, S)
 
 
@@ -357,7 +358,7 @@ class BeyondMasking(nn.Module):
                  decoder_dim=384, decoder_depth=4, decoder_heads=6, class_token=False):
         super().__init__()
         check_size(task, img_size, patch_size)
-        self.task = task
+        self.task, self.loss = task, recovery_loss  # of this attribute `train` may make a program
         self.encoder = common.ViT(img_size, patch_size, in_chans=1 if task == "decolor" else 3,
                                   embed_dim=embed_dim, depth=depth, num_heads=num_heads,
                                   class_token=class_token)
@@ -414,7 +415,7 @@ class BeyondMasking(nn.Module):
         pred = self.predict(view, ids_keep, ids_masked)  # (B, N, P*P*3)
         with in_fp32(clean.device):
             pred = pred.to(clean.dtype)
-            return recovery_loss(self.task, pred, target, params, ids_masked, patch, grid)
+            return self.loss(self.task, pred, target, params, ids_masked, patch, grid)
 
 
 def build(config):
@@ -509,7 +510,7 @@ def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = dist.device
     size = max(config.img_size, *clean_size(config.task, config.img_size))  # of built-in images
-    images = common.find_data(config.data, "pretrain", size)
+    images = common.find_data(config.data, "pretrain", size, cache=run.folder)
     samples = common.Samples(images, Augment(config), config.seed)
     model = run.load(build(config)).to(device)
     if config.preview:
@@ -538,8 +539,7 @@ def train(config, run, dist):
 
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)  # for the log: nothing is clipped [code]
-        if run.is_finite(grad_norm):  # otherwise the step is skipped, and counted
-            optimizer.step()
+        run.update(optimizer, grad_norm)  # changes nothing if that is not finite, but counts it
         optimizer.zero_grad(set_to_none=True)
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save

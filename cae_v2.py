@@ -45,6 +45,9 @@ these are silent (those that all methods share: top of common.py):
   [D5] A teacher that averages patches (the demo's) has no class token: the pooled vector is taken.
   [D6] On a few small grids no block of the smallest area fits; after 1000 tries smaller ones may.
   [D7] For another grid open_clip resizes the teacher's position table, bicubic; authors: bilinear.
+  [D8] Colours are jittered on the device, after the crop and in fp32; authors: in the worker, on
+       the whole image, cut to 8 bits three times. Of 500 photographs the pixels differ by 1.5 of
+       255 on average, 1.4 of it by what those cuts take away (tests/test_cae_v2.py).
 
 Commands (the same command again resumes; --out is runs/cae_v2_MODEL):
   python cae_v2.py --demo                                  built-in images and teacher, on a laptop
@@ -65,8 +68,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torchvision.ops import StochasticDepth
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 import common
@@ -179,35 +181,57 @@ def block_masks(batch, grid, num_masked, generator=None):
     return torch.tensor(masks, dtype=torch.bool).flatten(1)  # (B, N)
 
 
+def draw_colours(image, strength):
+    """Colour jitter for a whole image uint8 (3, H, W), as what `recolour` does to crops of it:
+    brightness, contrast and saturation in a random order, as rows (a, b, c), (3, 3) float32.
+    Contrast needs the mean grey of the whole image, here of each fourth row and column [D8]."""
+    image, rows = image[None, :, ::4, ::4].float(), []
+    for kind in torch.randperm(3).tolist():
+        f = torch.empty(()).uniform_(max(0, 1 - strength), 1 + strength).item()
+        mean = TF.rgb_to_grayscale(image).mean().item()
+        rows.append([(f, 0, 0), (f, 0, (1 - f) * mean), (f, 1 - f, 0)][kind])
+        image = recolour(image, torch.tensor([rows[-1:]]))
+    return torch.tensor(rows)
+
+
+def recolour(images, colours):
+    """Images (B, 3, H, W) of 0..255 in float32 and colours (B, 3, 3) to images: three times each
+    becomes a * image + b * grey + c, cut at 0 and 255. torchvision does this to the whole image,
+    each time rounding down; this way it is done once, on the device [D8]."""
+    for a, b, c in rearrange(colours, "b three abc -> three abc b 1 1 1"):
+        images = torch.addcmul(b * TF.rgb_to_grayscale(images) + c, a, images).clamp_(0, 255)
+    return images
+
+
 class Augment:
     """Makes a training sample in a worker: student image, teacher image if its size differs, both
-    uint8 (3, S, S), mask (N,) bool. Colour jitter and flip come before the crop, so the teacher
-    sees them too [code]; both images are one crop, resized to each size."""
+    uint8 (3, S, S), colours (3, 3), mask (N,) bool. The teacher sees the same colours and flip
+    [code]; both images are one crop, resized to each size."""
 
     def __init__(self, config, teacher_size):
         self.config = config
         self.sizes = list(dict.fromkeys([config.img_size, teacher_size]))
-        self.jitter = v2.ColorJitter(*[config.color_jitter] * 3)
 
     def __call__(self, image, label):  # labels have no use here
         config = self.config
-        # With other colours the teacher would ask for what the student cannot see.
-        image = self.jitter(image)
-        if torch.rand(()) < 0.5:
-            image = TF.horizontal_flip(image)
+        colours = draw_colours(image, config.color_jitter)
         box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), ratio=(3 / 4, 4 / 3))
         crops = [TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC)
                  for size in self.sizes]
+        if torch.rand(()) < 0.5:
+            crops = [TF.horizontal_flip(crop) for crop in crops]
         mask = block_masks(1, config.grid, config.num_masked) if config.mask == "block" else \
             common.random_masks(1, config.num_patches, config.num_masked)
-        return *crops, mask[0]
+        return *crops, colours, mask[0]
 
 
 def inputs(batch, teacher, device):
     """Turns a batch of `Augment` into (student images, teacher images, mask): images (B, 3, S, S)
     on the device, each with its own mean and std, the mask (B, N) on the CPU."""
-    *crops, mask = batch
-    crops, cfg = [crop.to(device, non_blocking=True) for crop in crops], teacher.preprocess_cfg
+    *parts, mask = batch
+    *crops, colours = (part.to(device, non_blocking=True) for part in parts)
+    # With other colours the teacher would ask for what the student cannot see.
+    crops, cfg = [recolour(crop.float(), colours) for crop in crops], teacher.preprocess_cfg
     return common.normalise(crops[0]), common.normalise(crops[-1], cfg["mean"], cfg["std"]), mask
 
 
@@ -318,7 +342,7 @@ class CrossAttention(nn.Module):
     def forward(self, queries, keys, values):
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
                    for x in (self.q(queries), self.k(keys), self.v(values)))
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, M, d)
+        x = common.attention(q, k, v)  # (B, h, M, d)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # (B, M, R)
 
 
@@ -340,7 +364,7 @@ class RegressorBlock(nn.Module):
         self.mlp = common.Mlp(dim, 4 * dim)
         scale = (lambda: common.LayerScale(dim, init_values)) if init_values else nn.Identity
         self.ls1, self.ls2 = scale(), scale()
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = common.DropPath(drop_path)
 
     def forward(self, m, z, m_positions, z_positions):
         """Queries m (B, M, R), visible tokens z (B, V, R), positions: new queries (B, M, R)."""
@@ -488,7 +512,7 @@ def preview(path, config, model, teacher, batch, device):
     for name in pred.keys() & ids.keys():
         errors = cosine_distance(pred[name], common.gather(targets, ids[name]))
         cosines.scatter_(1, ids[name], (1 - errors).clamp(min=0).nan_to_num())
-    images = batch[0].to(device).float() / 255  # (B, 3, S, S)
+    images = common.unnormalise(student)  # (B, 3, S, S)
     hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=h)
     seen = images.where(F.interpolate(hidden, size=images.shape[-2:]) == 0, 0.5)  # (B, 3, S, S)
     cosines = rearrange(cosines, "b (h w) -> b h w", h=h)
@@ -503,7 +527,7 @@ def preview(path, config, model, teacher, batch, device):
 def train(config, run, dist):
     """Pre-training from start to end: lr, target, forward, backward, step, log, save."""
     device = dist.device
-    images = common.find_data(config.data, "pretrain", config.img_size)
+    images = common.find_data(config.data, "pretrain", config.img_size, cache=run.folder)
     # Every process asks for the weights; the hub's own lock lets one of a machine fetch them.
     teacher = load_teacher(config.teacher, teacher_size(config.teacher, config.grid))
     if common.uses_bf16(device, config.precision):
@@ -541,8 +565,7 @@ def train(config, run, dist):
             run.record(loss=loss, **parts)
 
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        if run.is_finite(grad_norm):  # otherwise the step is skipped, and counted
-            optimizer.step()
+        run.update(optimizer, grad_norm)  # changes nothing if that is not finite, but counts it
         optimizer.zero_grad(set_to_none=True)
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save

@@ -17,9 +17,12 @@ N patches, V visible, M masked, D width, K gathered tokens.
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -29,6 +32,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import typing
 import zipfile
@@ -38,6 +42,10 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
+try:
+    from torchcodec.decoders import decode_jpeg
+except Exception:  # not installed, or without the libraries that it needs: it is the extra `fast`
+    decode_jpeg = None
 
 import numpy as np
 import torch
@@ -49,7 +57,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from torchvision import datasets
-from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -73,6 +80,14 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of queries, keys and values (B, h, n, d): (B, h, n, d). In bf16 on
+    a CPU it is written out: the backward pass of torch's is slow there (results/speed.md)."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; the rows of `qkv` are ordered q, k, v, head-major inside each."""
 
@@ -86,8 +101,23 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+        return self.proj(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a branch is left out for a share `rate` of the samples, and the
+    others are divided by the share that is kept. Blocks of all rates are one compiled program: of
+    torchvision's, which draws from a distribution with the rate in it, each rate is one."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.rate
+        return x * (kept / (1 - self.rate)).to(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -103,8 +133,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x)). `drop_path`: how often a
-    branch is left out in training, for a whole sample (stochastic depth)."""
+    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x)); see `DropPath`."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, init_values=None, drop_path=0.0):
         super().__init__()
@@ -115,10 +144,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = scale()
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x):
+    def forward(self, x, ids=None):
+        """Tokens (B, n, D) to (B, n, D), or to those at `ids` (B, K) alone, where no other one is
+        read: (B, K, D)."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        x = x if ids is None else gather(x, ids)
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -302,13 +334,13 @@ def random_masks(batch, num_patches, num_masked, generator=None):
 
 def mask_to_ids(mask, device):
     """(B, N) bool mask to ids_keep (B, V) and ids_masked (B, M), both ascending, on `device`. The
-    mask itself stays on the CPU, where the loader makes it: asking a GPU how many patches are
-    hidden would make the CPU wait. Raises ValueError unless every row hides the same number."""
+    mask comes on the CPU, from the loader's pinned memory: it is counted there, as asking a GPU
+    would make the CPU wait. Raises ValueError unless every row hides the same number."""
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) != 1:
         raise ValueError(f"every row of a mask must hide the same number of patches, got {counts}")
-    order = mask.byte().argsort(dim=1, stable=True)  # (B, N) visible patches first
-    order, V = order.to(device, non_blocking=True), mask.shape[1] - counts[0]
+    hidden, V = mask.to(device, non_blocking=True), mask.shape[1] - counts[0]
+    order = hidden.byte().argsort(dim=1, stable=True)  # (B, N) visible patches first
     return order[:, :V], order[:, V:]
 
 
@@ -330,7 +362,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 class Images(torch.utils.data.Dataset):
     """Images with optional labels: `dataset[index]` is (uint8 image (3, H, W), label or -1).
     `source` is a list of files, or a uint8 tensor (n, 3, H, W). File names are one array of bytes:
-    a list of a million strings would be copied into every worker, as Python counts references."""
+    a list of a million strings would be copied into every worker, as Python counts references.
+    A member of a tar archive is SHARD\\0MEMBER\\0OFFSET\\0SIZE."""
 
     def __init__(self, source, labels=None, classes=(), name=""):
         self.name, self.classes = name, tuple(classes)
@@ -342,7 +375,8 @@ class Images(torch.utils.data.Dataset):
         return len(self.files if self.pixels is None else self.pixels)
 
     def path(self, index):
-        return os.fsdecode(self.files[index])
+        """The file's path, or SHARD/MEMBER."""
+        return "/".join(os.fsdecode(self.files[index]).split("\0")[:2])
 
     def fingerprint(self):
         """A hash of the files' names below their common folder and sizes in bytes, or of the
@@ -353,12 +387,17 @@ class Images(torch.utils.data.Dataset):
         start = len(os.path.commonprefix([os.path.dirname(min(self.files, default=b"")) + b"/",
                                           os.path.dirname(max(self.files, default=b"")) + b"/"]))
         for file in self.files.tolist():
+            _, *member = file.split(b"\0")
             with contextlib.suppress(OSError):  # gone: its name is then missing, too
-                hasher.update(b"%s\0%d\0" % (file[start:], os.stat(file).st_size))
+                name, size = member[::2] or (file[start:], b"%d" % os.stat(file).st_size)
+                hasher.update(b"%s\0%s\0" % (name, size))
         return hasher.hexdigest()
 
     def __getitem__(self, index):
-        image = read_image(self.path(index)) if self.pixels is None else self.pixels[index]
+        if self.pixels is None:
+            image = read_image(os.fsdecode(self.files[index]))
+        else:
+            image = self.pixels[index]
         limit = 16 * min(image.shape[1:])
         if max(image.shape[1:]) > limit:  # resized by its short side a line would fill the memory
             image = TF.center_crop(image, [min(side, limit) for side in image.shape[1:]])
@@ -366,22 +405,47 @@ class Images(torch.utils.data.Dataset):
 
 
 def read_image(path, size=None):
-    """An image file as a uint8 RGB tensor (3, H, W), turned upright if its EXIF tag says so, unless
-    an annotation's `size` (H, W) is that of the stored image alone. Raises ValueError with the file
-    and the reason."""
+    """An image file, or member of a tar archive (see `Images`), as a uint8 RGB tensor (3, H, W),
+    turned upright if its EXIF tag says so, unless an annotation's `size` (H, W) is that of the
+    stored image alone. Raises ValueError with the file and the reason."""
+    place, path = str(path), "/".join(str(path).split("\0")[:2])
     try:
-        if not os.path.isfile(path):  # a pipe would be waited for
-            raise ValueError("there is no such file")
-        with Image.open(path) as image:
+        content = read_bytes(place)
+        with Image.open(io.BytesIO(content)) as image:
+            if decode_jpeg and image.format == "JPEG" and image.mode == "RGB" \
+                    and "exif" not in image.info:
+                with contextlib.suppress(RuntimeError):  # PIL says below what is wrong
+                    return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8))  # the same
             turn, image = exif_turn(image, size), eight_bits(image).convert("RGB")
             return TF.pil_to_tensor(image if turn is None else image.transpose(turn))
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error}; the variable MAX_IMAGE_PIXELS, set to the pixels of "
                          "your largest image, allows it") from error
     except (OSError, SyntaxError, ValueError, MemoryError, RuntimeError) as error:
-        why = isinstance(error, UnidentifiedImageError) and foreign(path)
+        why = isinstance(error, UnidentifiedImageError) and os.path.isfile(path) and foreign(path)
         raise ValueError(f"{path} cannot be read as an image ({why or repr(error)}): replace or "
                          "remove the file") from error
+
+
+def read_bytes(path):
+    """The content of a file or of a member of a tar archive. Raises ValueError or OSError."""
+    shard, *member = path.split("\0")
+    if not member and not os.path.isfile(shard):  # a pipe would be waited for
+        raise ValueError("there is no such file")
+    if not member:
+        return bytearray(Path(shard).read_bytes())
+    file, size = open_shard(shard, os.getpid()), int(member[2])
+    file.seek(int(member[1]))
+    content = bytearray(file.read(size))
+    if len(content) < size:
+        raise ValueError("its archive is cut off")
+    return content
+
+
+@functools.lru_cache(maxsize=64)
+def open_shard(path, process):
+    """A tar archive, opened once in each process: workers must not share a place in the file."""
+    return open(path, "rb")
 
 
 def exif_turn(image, size=None):
@@ -412,29 +476,42 @@ def eight_bits(image):
     return Image.fromarray((255 - grey if tags.get(262) == 0 else grey).astype(np.uint8))
 
 
-def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000):
+def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000, cache=None):
     """The images that `--data SPEC` names, as an `Images`; split is "pretrain", "train" or "val".
 
     SPEC is `scenes` (built in), `cifar10` (torchvision's files under $CIFAR10 or data/), or a
     folder of images, flat or nested; of ImageNet's layout train/ is taken, or for "val" the first
     of val/, valid/, validation/, test/ (labels: eval/data.py). Empty: $IMAGENET or data/imagenet.
+    Or SPEC is a tar archive or a folder of them, whose names then hold `train` or `val` where they
+    are mixed; their index is kept in the folder `cache`.
     Raises FileNotFoundError or ValueError with what is missing, or if no image can be read.
     """
     if spec in ("scenes", "cifar10"):
         return built_in_data(spec, split, img_size, num_scenes)
     root = Path(spec or os.environ.get("IMAGENET") or "data/imagenet").expanduser()
-    if not root.is_dir():
+    archive = root.suffix == ".tar" and root.is_file()
+    if not archive and not root.is_dir():
         raise FileNotFoundError(
             f"no data folder at {root}: give one with --data FOLDER (any folder of images, or "
             "ImageNet's train/ and val/), set the variable IMAGENET, or try the built-in --demo")
-    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inside = [] if archive else sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     there = {name.lower(): root / name for name in inside}
     names = ("val", "valid", "validation", "test", "testing")
     names = names if split == "val" else ("train", "training")
     folder = next((there[name] for name in names if name in there), root)
-    if folder == root and split != "pretrain":
+    shards = [root] if archive else sorted(folder.glob("*.tar"))
+    shards = [shard for shard in shards if any(name in shard.name.lower() for name in names)] or (
+        shards if folder != root or split == "pretrain" or archive else [])
+    if folder == root and split != "pretrain" and not shards:
         raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class")
-    images = Images(list_images(folder), name=str(folder))
+    if shards:
+        files, names = index_shards(shards, cache)
+        classes, labels = np.unique(names, return_inverse=True)
+        known = "" not in classes
+        labels, classes = (labels, classes.tolist()) if known else (None, ())
+        images = Images(files, labels, classes, str(folder))
+    else:
+        images = Images(list_images(folder), name=str(folder))
     readable(images, 0)  # raises now
     return images
 
@@ -472,6 +549,59 @@ def list_images(folder):
         kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(8))
         say(f"left out {others.total()} files of other endings in {folder}: {kinds}")
     return found
+
+
+def index_shards(shards, cache=None):
+    """(files, class names) of the images in tar archives: files as `Images` takes them; a name is
+    that of WebDataset's .cls member, or of the image's folder, or "". Class archives in an archive,
+    as ImageNet comes, are folders. The folder `cache` keeps the index until an archive changes.
+    Raises ValueError with the name of a damaged archive, FileNotFoundError without images."""
+    main, cache = os.environ.get("RANK", "0") == "0", cache and Path(cache, ".shards.npz")
+    about = repr([(str(shard), shard.stat().st_size, shard.stat().st_mtime) for shard in shards])
+    with contextlib.suppress(Exception), np.load(cache) as kept:
+        if str(kept["about"]) == about:
+            return kept["files"], kept["names"]
+    files, names, told = [], [], {}
+    for shard in tqdm(shards, "indexing", leave=False, disable=None if main else True):
+        with open(shard, "rb") as file:
+            for member, offset, size in walk_shard(file, shard):
+                key = shard, re.sub(r"\.[^/]*$", "", member)
+                if member.endswith(".cls"):
+                    file.seek(offset)
+                    told[key] = file.read(size).decode().strip()
+                else:
+                    files.append(os.fsencode(f"{shard}\0{member}\0{offset}\0{size}"))
+                    names.append(key)
+    if not files:
+        raise FileNotFoundError(f"{shards[0]} holds no image ({', '.join(EXTENSIONS)})")
+    names = [told.get(key, "") if told else Path(key[1]).parent.name for key in names]
+    if cache and main:
+        content = io.BytesIO()
+        np.savez(content, about=about, files=files, names=names)
+        write_atomically(cache, lambda path: path.write_bytes(content.getbuffer()))
+    return files, names
+
+
+def walk_shard(file, shard, folder=""):
+    """Yields (name, offset, size) of the images and .cls members of an open tar archive, and of the
+    archives in it. Raises ValueError for an archive that is damaged, cut off or compressed."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                name = folder + member.name.removeprefix("./")
+                if not member.isfile() or Path(name).name.startswith("."):
+                    continue
+                if name.endswith(".tar"):
+                    file.seek(member.offset_data)
+                    yield from walk_shard(file, shard, name.removesuffix(".tar") + "/")
+                elif name.lower().endswith((*EXTENSIONS, ".cls")):
+                    yield name, member.offset_data, member.size
+            file.seek(archive.offset)  # tarfile takes a damaged header for the end
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"it is damaged or cut off at byte {archive.offset:,}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} cannot be read as a tar archive ({error}): copy it anew; a "
+                         "compressed one must be unpacked to a plain .tar") from error
 
 
 def built_in_data(spec, split, img_size, num_scenes):
@@ -560,15 +690,22 @@ def preview_batch(samples, count=6):
 
 
 def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """uint8 images (B, 3, H, W) to float32, with the mean and std given for the range 0..1."""
-    mean, std = (torch.tensor(value, device=images.device)[:, None, None] for value in (mean, std))
-    return (images.float() / 255 - mean) / std
+    """Images (B, 3, H, W) of 0..255 to float32, with mean and std given for the range 0..1."""
+    images = images.float()
+    mean, std = (channels(tuple(value), images.device, images.dtype) for value in (mean, std))
+    return (images / 255 - mean) / std
 
 
 def unnormalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Normalised images (B, 3, H, W) back to the range 0..1."""
-    mean, std = (images.new_tensor(value)[:, None, None] for value in (mean, std))
+    mean, std = (channels(tuple(value), images.device, images.dtype) for value in (mean, std))
     return images * std + mean
+
+
+@functools.cache
+def channels(values, device, dtype):
+    """A number per channel as (C, 1, 1), copied to the device once: each copy would wait for it."""
+    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
 
 
 # ---- 5  optimisation -----------------------------------------------------------------------------
@@ -682,16 +819,20 @@ def make_plan(num_images, batch_size, micro_batch, epochs, world):
     return Plan(batch_size, micro_batch, share // micro_batch, steps, epochs * steps)
 
 
+def compiles(config, device):
+    """`--compile auto` means on a GPU only."""
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
 def compile_blocks(config, device, *models):
     """torch.compile per transformer block (whatever has an `mlp`), in place: state-dict keys stay
-    clean, equal blocks share a program. Stochastic depth makes them unequal, by its rate; beyond
-    its limit of programs, which is 8 and has no public name, torch would leave further blocks as
-    they are, with no more than a warning."""
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        blocks = [part for model in models for part in model.modules() if hasattr(part, "mlp")]
-        torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)
-        for block in blocks:
-            block.compile()
+    clean, equal blocks share a program. A pretraining model's `loss`, too, where it has one."""
+    for model in models if compiles(config, device) else ():
+        for part in model.modules():
+            if hasattr(part, "mlp"):
+                part.compile()
+        if hasattr(model, "loss"):
+            model.loss = torch.compile(model.loss)
 
 
 # ---- 7  files ------------------------------------------------------------------------------------
@@ -744,9 +885,27 @@ def digest(tensors):
 def save_encoder(vit, path, **info):
     """Writes a ViT as safetensors under timm's names; metadata: its configuration and `info`."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in vit.state_dict().items()}
+    write_encoder(tensors, vit.config, path, **info)
+
+
+def on_host(tree):
+    """A copy of nested dicts and lists with all tensors on the CPU; those of a GPU come into pinned
+    memory, and are there after the next `synchronize`."""
+    if isinstance(tree, dict):
+        return {key: on_host(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(on_host, tree))
+    if not isinstance(tree, torch.Tensor):
+        return tree
+    copy = torch.empty_like(tree, device="cpu", pin_memory=tree.device.type == "cuda")
+    return copy.copy_(tree, non_blocking=True)
+
+
+def write_encoder(tensors, config, path, **info):
+    """`save_encoder` of a state dict on the CPU, of a ViT of this configuration."""
     # One key: safetensors writes several in random order, and equal runs should give equal files.
     about = json.dumps(dict(kind="encoder", version=VERSION, digest=digest(tensors), **info,
-                            config=vit.config))
+                            config=config))
     write_atomically(path, lambda file: file.write_bytes(save(tensors, dict(about=about))))
 
 
@@ -867,6 +1026,7 @@ STATE = dict(kind=str, method=str, version=int, config=dict, step=int, total_ste
              num_images=int, skipped=int, model=dict, optimizer=dict)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
            if hasattr(signal, name)]
+SAVE_SECONDS = 600  # at least, between the checkpoints that are made at an epoch's end
 
 
 class Run:
@@ -996,6 +1156,7 @@ class Run:
         self.state = {}  # frees the memory of the old weights when this is done
         self.skipped, self.bad_steps = state.get("skipped", 0), state.get("bad_steps", [])
         self.failures, self.due, self.cut, self.unwritten, self.totals = 0, False, False, "", {}
+        self.flags, self.question, self.saving, self.told = [], None, None, False
         # The averages of the next log line go on where they stood, in the main process.
         self.count, sums = state.get("count", 0), state.get("sums", {}) if dist.is_main else {}
         self.sums = {name: value.to(dist.device) for name, value in sums.items()}
@@ -1010,6 +1171,7 @@ class Run:
                         disable=None if dist.is_main else True)
         self.waited, self.logged, self.now = 0.0, self.start, self.start
         self.clock, self.signal, self.stopping = time.perf_counter(), None, False
+        self.saved, self.writer = self.clock, concurrent.futures.ThreadPoolExecutor(1)
         self.parent = os.getppid()
         for number in SIGNALS:
             signal.signal(number, self._remember)
@@ -1082,6 +1244,9 @@ class Run:
             yield self.now
             if self.stopping:
                 break
+        if self.question:  # of which nobody needs the answer
+            self.question[0].wait()
+        self.finish_saving()
         self.bar.close()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -1103,7 +1268,7 @@ class Run:
         After a signal a step of several ends early, undone, unless it must be `whole`."""
         sums, count = dict(self.sums), self.count
         for micro in range(self.plan.accumulation):
-            if micro and not whole and self._asked_to_stop():
+            if micro and not whole and self._agreed()[0]:
                 self.cut, self.sums, self.count = True, sums, count
                 break
             before = time.perf_counter()
@@ -1111,11 +1276,22 @@ class Run:
             self.waited += time.perf_counter() - before
             yield batch
 
-    def _asked_to_stop(self):
-        """Whether any process got a signal, or has lost the torchrun that started it."""
+    def _agreed(self):
+        """(whether a process got a signal, or has lost the torchrun that started it, whether the
+        main one last saved ten minutes ago). Of several processes it is the answer to the question
+        before this one, which has come long since: no process waits here for a slower one."""
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
             self.signal = self.signal or signal.SIGTERM
-        return bool(self.dist.all_reduce(torch.tensor(int(self.signal is not None))))
+        late = self.dist.is_main and time.perf_counter() - self.saved >= SAVE_SECONDS
+        mine = torch.tensor([self.signal is not None, late]).int()
+        if self.dist.world == 1:
+            return mine.tolist()
+        before, self.question = self.question, (
+            torch.distributed.all_reduce(mine, async_op=True), mine)
+        if before is None:
+            return [0, 0]
+        before[0].wait()
+        return before[1].tolist()
 
     def record(self, **values):
         """Adds scalars to the averages of the next log line, without waiting for the device."""
@@ -1123,35 +1299,55 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
-    def is_finite(self, grad_norm):
-        """Whether the optimiser may step; a gradient that is not finite is counted instead: ten in
-        a row end the run, or a hundred in a thousand. Waiting for the device here, once a step,
-        guarantees that no bad gradient reaches the weights. All processes have the same averaged
-        gradient and decide alike."""
-        bad = not self.cut and not grad_norm.isfinite()
-        self.failures, self.skipped = bad * (self.failures + 1), self.skipped + bad
-        self.bad_steps = [step for step in self.bad_steps if step > self.now - 1000]
-        self.bad_steps += [self.now] * bad
-        if self.failures == 10 or len(self.bad_steps) == 100:
-            raise ValueError("no finite gradient in ten steps, or in a hundred of the last 1000: "
-                             "start again with --fresh, a lower --lr, and a checkpoint as --init")
-        return not bad and not self.cut
+    def update(self, optimizer, grad_norm):
+        """Steps the optimiser, unless the gradient is not finite: then weights and moments stay as
+        they are, and the step is counted. Fused AdamW is told so on the device, by the attribute
+        that torch's GradScaler sets, and nothing waits. All processes have the same gradient."""
+        if self.cut:
+            return
+        bad = ~grad_norm.isfinite()
+        self.flags.append(bad)
+        if optimizer.defaults.get("fused") and self.dist.device.type != "mps":
+            optimizer.found_inf = bad.float()
+            optimizer.step()
+        elif not bad:
+            optimizer.step()
+
+    def _count_bad(self):
+        """Reads what `update` found since the last time. Raises ValueError after ten bad steps in a
+        row, or a hundred in a thousand."""
+        flags = torch.stack(self.flags).tolist() if self.flags else []
+        for step, bad in enumerate(flags, self.now + 1 - len(flags)):
+            self.failures, self.skipped = bad * (self.failures + 1), self.skipped + bad
+            self.bad_steps = [other for other in self.bad_steps if other > step - 1000]
+            self.bad_steps += [step] * bad
+            if self.failures == 10 or len(self.bad_steps) == 100:
+                raise ValueError("no finite gradient in ten steps, or in a hundred of the last "
+                                 "1000: start again with --fresh, a lower --lr, and a checkpoint "
+                                 "as --init")
+        self.flags = []
 
     def log(self, step, lr, grad_norm):
         """Counts a finished step, and writes a line every --log_every steps. True when it is time
-        to save: every --save_every steps, at the end, and after a signal to any process; never
-        while steps are skipped."""
-        self.stopping = self.cut or self._asked_to_stop()
+        to save: every --save_every steps, or at an epoch's end ten minutes after the last time; at
+        the end, and after a signal to any process; never while steps are skipped."""
+        stopping, late = self._agreed()
+        self.stopping, plan = self.cut or bool(stopping), self.plan
+        if self.saving and self.saving.done():  # raises what went wrong
+            self.finish_saving()
+        every = self.config.save_every
+        self.due |= step % every == 0 if every else step % plan.steps_per_epoch == 0 and bool(late)
+        self.due |= step == self.stop or self.stopping
+        if self.due or step % self.config.log_every == 0:
+            self._count_bad()
         if not self.cut:
             with contextlib.suppress(OSError, ValueError):  # a bar on a closed terminal
                 self.bar.update(1)
             if step % self.config.log_every == 0 or step == self.stop:
                 self._write_line(step, lr, grad_norm)
-        every = self.config.save_every or self.plan.steps_per_epoch
-        self.due |= step % every == 0 or step == self.stop or self.stopping
         if not self.due or self.failures:
             return False
-        self.due, self.totals = False, {}
+        self.due, self.totals, self.saved = False, {}, time.perf_counter()
         if self.sums:  # all processes', as only the main one saves
             totals = self.dist.all_reduce(torch.stack(list(self.sums.values())).cpu())
             self.totals = dict(zip(self.sums, totals))
@@ -1170,6 +1366,12 @@ class Run:
                     replaced=self.samples.replaced())
         if self.dist.device.type == "cuda":
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        wait, rate = line["data_wait"], line["images_per_s"]
+        if wait > 0.1 and self.logged > self.start and self.dist.is_main and not self.told:
+            self.told = True
+            say(f"waiting  for images {wait:.0%} of the time: {rate:.0f} come in a second, and the "
+                f"steps could take {rate / (1 - min(wait, 0.99)):.0f}. What helps is more cores "
+                "(--workers) or smaller files (eval.shrink); eval.speed --data measures it")
         self.waited, self.clock, self.logged = 0.0, now, step
         self.check_images()
         if step % self.config.log_every == 0:  # not at a --max_steps in between
@@ -1201,29 +1403,47 @@ class Run:
     def save(self, model, optimizer, step, export=None, **more):
         """Writes last.pt, all that resuming needs, and encoder.safetensors, all that others need:
         `export`, a ViT, None where it is frozen and has a file of its own. `more` is plain data or
-        tensors, found in `state` on resuming. Call it in the main process only.
-        Raises ValueError instead of saving what is not finite."""
+        tensors, found in `state` on resuming. All is copied at once; a thread writes it beside the
+        next steps, and what goes wrong there is raised by `log` or at the end. Call it in the main
+        process only. Raises ValueError instead of saving what is not finite."""
         step -= self.cut  # which was not done
         moments = [value for entry in optimizer.state.values() for value in entry.values()
                    if isinstance(value, torch.Tensor)]
         if not all_finite([*model.state_dict().values(), *moments]):
             raise ValueError(f"weights or moments are not finite after step {step}, which is not "
                              "saved: start again with --fresh and a lower --lr")
-        # The encoder first: after a kill in between a resumed run makes both again.
+        self.finish_saving()
         if export is not None:
             more["encoder"] = export.config  # the number of heads is in no weight
-            save_encoder(export, self.folder / "encoder.safetensors", method=self.method, step=step)
         state = dict(kind=self.kind, method=self.method, version=VERSION, config=vars(self.config),
                      step=step, total_steps=self.plan.total_steps, num_images=self.num_images,
                      fingerprint=self.fingerprint, skipped=self.skipped, bad_steps=self.bad_steps,
                      sums=self.totals, count=self.count, exif=EXIF, model=model.state_dict(),
                      optimizer=optimizer.state_dict(), **more)
-        write_atomically(self.checkpoint, lambda path: torch.save(state, path), keep="previous.pt")
+        state, tensors = on_host(state), on_host(export.state_dict()) if export is not None else {}
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize()
+
+        def write():
+            # The encoder first: after a kill in between a resumed run makes both again.
+            if tensors:
+                write_encoder(tensors, state["encoder"], self.folder / "encoder.safetensors",
+                              method=self.method, step=step)
+            write_atomically(self.checkpoint, lambda path: torch.save(state, path), "previous.pt")
+
+        self.saving = self.writer.submit(write)
+
+    def finish_saving(self):
+        """Waits for the thread that writes. Raises OSError where it could not."""
+        if self.saving:
+            saving, self.saving = self.saving, None
+            saving.result()
 
     def draw(self, preview):
         """`preview(path)` draws preview.png; whatever happens there is no reason to end a run."""
         try:
-            preview(self.folder / "preview.png")
+            with torch.compiler.set_stance("force_eager"):  # no programs for a few images
+                preview(self.folder / "preview.png")
         except Exception as error:
             say(f"warning: no preview.png ({type(error).__name__}: {error})", sys.stderr)
 
@@ -1275,12 +1495,12 @@ def leave_group(worker_id):
 
 
 def num_workers(config):
-    """--workers, or this process's share of the cores, at most 16; the scenes need none."""
+    """--workers, or this process's share of the cores, at most 24; the scenes need none."""
     if config.workers >= 0:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if config.data == "scenes" else min(share, 16)
+    return 0 if config.data == "scenes" else min(share, 24)
 
 
 # ---- 9  pictures ---------------------------------------------------------------------------------
@@ -1326,7 +1546,7 @@ class MachineConfig:
     """The flags of every script. Raises ValueError for a number that is out of its range."""
 
     seed: int = flag(0, "of everything that is drawn")
-    workers: int = flag(-1, "loader processes (default: this process's share of cores, at most 16)")
+    workers: int = flag(-1, "loader processes (default: this process's share of cores, at most 24)")
     precision: typing.Literal["auto", "bf16", "fp32"] = flag("auto", "auto: bf16 on GPU, else fp32")
     device: typing.Literal["auto", "cuda", "mps", "cpu"] = flag("auto", "where to compute")
 
@@ -1346,7 +1566,8 @@ class TrainConfig(MachineConfig):
     out: str = flag("", "folder of the run (default: see above)")
     micro_batch: int = flag(0, "images computed at once (default: a process's share, at most 256)")
     compile: typing.Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on a GPU")
-    save_every: int = flag(0, "steps between checkpoints (default: an epoch)")
+    save_every: int = flag(0, "steps between checkpoints (default: at the end of an epoch, if ten "
+                              "minutes have passed since the last one)")
     max_steps: int = flag(0, "stop at this step, counted from 0; the schedule stays as it is")
     log_every: int = flag(20, "steps between log lines", positive=True)
     max_bad: float = flag(-1.0, "share of images that may be unreadable (default: 0.001, or ten)")

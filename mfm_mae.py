@@ -71,7 +71,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torchvision.transforms import RandomCrop, RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 import common
@@ -158,11 +158,17 @@ class Augment:
             crop = TF.resized_crop(image, *box, [S, S], TF.InterpolationMode.BICUBIC)
         else:
             image = TF.resize(image, [S], TF.InterpolationMode.BILINEAR)  # [D2]
-            image = TF.pad(image, 4, padding_mode="reflect")
-            crop = TF.crop(image, *RandomCrop.get_params(image, (S, S)))
+            rows, columns = (reflect(torch.arange(S) + torch.randint(-4, side + 5 - S, ()), side)
+                             for side in image.shape[1:])
+            crop = image.index_select(1, rows).index_select(2, columns)
         if torch.rand(()) < 0.5:
             crop = TF.horizontal_flip(crop)
         return crop, common.random_masks(1, self.config.num_patches, self.config.num_masked)[0]
+
+
+def reflect(places, size):
+    """Places beside a row of `size` pixels, mirrored at its outermost ones, to places in it."""
+    return size - 1 - (size - 1 - places.abs()).abs()
 
 
 def inputs(batch, device):
@@ -197,7 +203,7 @@ def low_pass(images):
     rows, columns = (torch.arange(size, device=images.device) - (size - 1) / 2 for size in (H, W))
     disc = rows[:, None].square() + columns.square() <= (40 * min(H, W) / 224) ** 2  # [D7]
     change = torch.fft.ifft2(spectrum * disc).abs() - pixels
-    return images + change / images.new_tensor(common.IMAGENET_STD)[:, None, None]
+    return images + change / common.channels(common.IMAGENET_STD, images.device, images.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +257,7 @@ class AttentionFusion(nn.Module):
         tokens = torch.cat(projected, dim=1)  # (B, L*(1+V), D)
         q, k, v = (rearrange(x, "b t (h d) -> b h t d", h=self.num_heads)
                    for x in (self.q(projected[-1]), self.k(tokens), self.v(tokens)))
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, 1+V, d)
+        x = common.attention(q, k, v)  # (B, h, 1+V, d)
         return self.proj(rearrange(x, "b h t d -> b t (h d)"))  # (B, 1+V, D)
 
 
@@ -307,22 +313,23 @@ class MFMMAE(nn.Module):
         outputs = self.encoder.layers(images, self.out_indices, ids_keep=ids_keep)
         return self.encoder.norm(outputs[-1] if self.fusion is None else self.fusion(outputs))
 
-    def decode(self, latent, ids_keep, ids_masked):
-        """Visible tokens (B, 1+V, D) to decoder tokens of all patches in raster order (B, N, E)."""
+    def decode(self, latent, ids_keep, ids_masked, ids):
+        """Visible tokens (B, 1+V, D) to decoder tokens of the patches `ids`: (B, K, E)."""
         x = self.decoder_embed(latent)  # (B, 1+V, E)
         masked = self.mask_token.expand(*ids_masked.shape, -1)  # (B, M, E)
         ids_restore = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)  # (B, N)
         patches = common.gather(torch.cat([x[:, 1:], masked], dim=1), ids_restore)  # (B, N, E)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (B, 1+N, E)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        return x[:, 1:]  # (B, N, E)
+        return self.decoder_blocks[-1](x, ids + 1)  # (B, K, E), in x after the class token
 
     def predict(self, images, ids_keep, ids_masked, ids):
         """The pred of the patches `ids` (B, K), in training the hidden ones: (B, K, P*P*C). Only
-        these pass the last norm and layer; MAE computes all, and takes the loss of the hidden."""
-        tokens = self.decode(self.encode(images, ids_keep), ids_keep, ids_masked)  # (B, N, E)
-        return self.decoder_pred(self.decoder_norm(common.gather(tokens, ids)))
+        these pass the last MLP, norm and layer; MAE computes all, and takes the loss of the hidden.
+        """
+        tokens = self.decode(self.encode(images, ids_keep), ids_keep, ids_masked, ids)  # (B, K, E)
+        return self.decoder_pred(self.decoder_norm(tokens))
 
     def forward(self, images, mask):
         """Normalised images (B, C, H, W) and mask (B, N) bool, True = hidden, to (loss, parts):
@@ -396,7 +403,7 @@ def preview(path, config, model, batch, device):
 def train(config, run, dist):
     """Pre-training from start to end: lr, forward, backward, step, log, save."""
     device = dist.device
-    images = common.find_data(config.data, "pretrain", config.img_size)
+    images = common.find_data(config.data, "pretrain", config.img_size, cache=run.folder)
     samples = common.Samples(images, Augment(config), config.seed)
     model = run.load(build(config)).to(device)
     if config.preview:
@@ -425,8 +432,7 @@ def train(config, run, dist):
 
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)  # for the log: nothing is clipped [code]
-        if run.is_finite(grad_norm):  # otherwise the step is skipped, and counted
-            optimizer.step()
+        run.update(optimizer, grad_norm)  # changes nothing if that is not finite, but counts it
         optimizer.zero_grad(set_to_none=True)
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save

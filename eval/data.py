@@ -31,7 +31,7 @@ def find_labelled(spec, split, img_size, classes=()):
     if images.labels is not None:
         return images
     folder, files = images.name, [images.path(index) for index in range(len(images))]
-    parts = [os.path.relpath(file, folder).split(os.sep) for file in files]
+    parts = [os.path.relpath(file, folder).split(".tar/")[-1].split(os.sep) for file in files]
     loose = [file for file, part in zip(files, parts) if len(part) == 1]
     if loose == files and split == "val":
         names = listed_classes(files, Path(folder), classes)
@@ -44,7 +44,7 @@ def find_labelled(spec, split, img_size, classes=()):
         deeper = sorted({part[1] for part in parts if len(part) > 2})[:3]
         why = f": are {', '.join(deeper)} in it the classes? Move them one level up" if deeper else ""
         raise ValueError(f"{folder} holds one class, {names[0]}, and needs two or more{why}")
-    return common.Images(files, [labels[name] for name in names], labels, folder)
+    return common.Images(images.files, [labels[name] for name in names], labels, folder)
 
 
 def listed_classes(files, folder, classes=()):
@@ -53,7 +53,7 @@ def listed_classes(files, folder, classes=()):
     ending may be missing) and a class: its name (WNID), or its index, from 0, in `classes` or among the
     sorted folders of train/. Raises FileNotFoundError or ValueError unless images and lines match."""
     known = [path / name for path in (folder, folder.parent) for name in LISTS if (path / name).is_file()]
-    texts = [path for path in folder.iterdir() if path.suffix in (".txt", ".csv")]
+    texts = [path for path in folder.glob("*") if path.suffix in (".txt", ".csv")]
     if not known and len(texts) != 1:
         raise FileNotFoundError(f"{folder} has images without class folders, and no list of their classes: "
                                 f"put {' or '.join(LISTS)} (lines of file name and class) into it")

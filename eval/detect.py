@@ -505,10 +505,10 @@ def train(config, run, dist, started):
     common.describe(facts, config, model, plan, dist, sets, run.folder)
     if config.dry_run:
         return
-    if config.compile == "on" or (config.compile == "auto" and dist.device.type == "cuda"):
+    if common.compiles(config, dist.device):
         model.backbone.compile()  # whole, as `windowed` does not call the blocks
     groups = layer_groups(model, vit, config.weight_decay, config.layer_decay)
-    optimizer = torch.optim.AdamW(groups, config.lr)
+    optimizer = torch.optim.AdamW(groups, config.lr, fused=True)
     samples = common.Samples(images, functools.partial(jitter, config), config.seed)
     if not run.start:  # raises now, not after days
         look_through(Readable(val), "test images", config, dist)

@@ -264,7 +264,7 @@ def low_shot(images, config):
         order = torch.randperm(len(members), generator=generator)
         ids += members[order[: max(1, round(config.fraction * len(members)))]].tolist()
     ids.sort()
-    source = images.pixels[ids] if images.pixels is not None else [images.path(index) for index in ids]
+    source = images.pixels[ids] if images.pixels is not None else images.files[ids]
     return common.Images(source, images.labels[ids], images.classes, images.name)
 
 
@@ -345,7 +345,7 @@ def train(config, run, dist, vit, digest):
     for step, lr, grad_norm in fit(
             config, run, dist, plan, model, optimizer, compute_loss, lambda step: common.learning_rate(
                 step, config.lr, warmup_steps, plan.total_steps, config.min_lr)):
-        if ema and not run.failures and not run.cut:  # a step that was skipped changes nothing
+        if ema and not run.cut and grad_norm.isfinite():  # a step that was skipped changes nothing
             ema.update_parameters(model)
         if run.log(step, lr, grad_norm) and dist.is_main:
             run.save(model, optimizer, step, vit, classes=list(val.classes), encoder=vit.config,

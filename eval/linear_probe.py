@@ -204,7 +204,7 @@ def train(config, vit, pool, probes, images, run, dist, digest):
     run.begin(dist, plan, common.Samples(images, CropAndFlip(vit.img_size), config.seed), probes, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
     vit.eval().to(dist.device)
-    common.compile_blocks(config, dist.device, vit.blocks)
+    common.compile_blocks(config, dist.device, vit)
     probes.train()
 
     for step in run.steps():
@@ -226,8 +226,7 @@ def train(config, vit, pool, probes, images, run, dist, digest):
                 dist.all_reduce(parameter.grad)
         run.record(**dict(zip(names, losses)))
         grad_norm = nn.utils.get_total_norm([p.grad for p in probes.parameters()])
-        if run.is_finite(grad_norm):
-            optimizer.step()
+        run.update(optimizer, grad_norm)
         optimizer.zero_grad(set_to_none=True)
         if run.log(step + 1, optimizer.param_groups[0]["lr"], grad_norm) and dist.is_main:
             run.save(probes, optimizer, step + 1, sha256=digest)

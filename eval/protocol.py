@@ -246,8 +246,8 @@ def check_classes(train, val):
 
 def set_drop_path(blocks, rate):
     """Stochastic depth of a ViT's blocks, rising linearly from 0 to `rate` in the last one."""
-    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks), device="cpu").tolist()):
-        block.drop_path.p = p
+    for block, value in zip(blocks, torch.linspace(0, rate, len(blocks), device="cpu").tolist()):
+        block.drop_path.rate = value
 
 
 def layer_groups(model, encoder, weight_decay, layer_decay):
@@ -286,8 +286,7 @@ def fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate, 
             (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        if run.is_finite(grad_norm):
-            optimizer.step()
+        run.update(optimizer, grad_norm)
         optimizer.zero_grad()
         yield step + 1, lr, grad_norm
 

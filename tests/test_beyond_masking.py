@@ -368,7 +368,7 @@ test_checks = checks(beyond_masking, {
          f"square() * area_resize(common.unpatchify({HIDDEN}, patch_size, 14), pred.shape[-2:]) / 0.75"),
         ("loss of the visible patches", "BeyondMasking.forward", "params, ids_masked", "params, ids_keep"),
         ("ids swapped", "BeyondMasking.forward", "ids_keep, ids_masked =", "ids_masked, ids_keep ="),
-        ("polarity of the mask", "common:mask_to_ids", "mask.byte()", "(~mask).byte()"),
+        ("polarity of the mask", "common:mask_to_ids", "hidden.byte()", "(~hidden).byte()"),
         ("centre cut from the rim's reference", "recovery_loss", 'view, target["centre"]',
          "view, common.patchify(center_crop(whole), patch_size)")],
     (check_losses, OUT): [

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, VisionTransformer
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
 import cae_v2
 import common
@@ -179,22 +179,37 @@ def check_initialisation(module, name):
 
 
 def check_augment(module, name):
-    """torchvision's jitter, flip and crop, in this order, with the same draws; the teacher sees the same crop."""
+    """torchvision's jitter of the whole image in floats, crop and flip with the same draws, for both sizes. Its own
+    on bytes cuts three times, each time half a level on average [D8]."""
     config = config_of(module, "--img_size=64 --patch_size=8 --model=vit_s")
-    image = torch.randint(256, (3, 90, 120), dtype=torch.uint8)
-    for seed in range(6):
+    photos, change, levels = common.find_data("scenes", "pretrain", 96, num_scenes=24).pixels, [], []
+    clip, adjust, draw = demo_teacher().preprocess_cfg, v2.functional, lambda: torch.empty(()).uniform_(0.6, 1.4).item()
+    for seed, image in enumerate(photos[:, :, :, 8:]):
         torch.manual_seed(seed)
-        crops = module.Augment(config, 56)(image, -1)
-        for size, ours in zip((64, 56), crops):
-            torch.manual_seed(seed)
-            theirs = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip(), v2.RandomResizedCrop(
-                size, (0.4, 1.0), interpolation=v2.InterpolationMode.BICUBIC)])(image)
-            assert torch.equal(ours, theirs) and ours.dtype == torch.uint8
-        assert crops[2].shape == (64,) and crops[2].sum() == 16
-    assert len(module.Augment(config, 64)(image, -1)) == 2  # one image serves both where the sizes agree
-    inputs, clip = module.inputs([crop[None] for crop in crops], demo_teacher(), "cpu"), demo_teacher().preprocess_cfg
-    close(inputs[0][0], v2.functional.normalize(crops[0] / 255, common.IMAGENET_MEAN, common.IMAGENET_STD))
-    close(inputs[1][0], v2.functional.normalize(crops[1] / 255, clip["mean"], clip["std"]))
+        *crops, colours, mask = module.Augment(config, 56)(image, -1)
+        student, teacher, _ = module.inputs([x[None] for x in (*crops, colours, mask)], demo_teacher(), "cpu")
+        assert mask.shape == (64,) and mask.sum() == 16 and all(crop.dtype == torch.uint8 for crop in crops)
+        torch.manual_seed(seed)
+        jitters = [([adjust.adjust_brightness, adjust.adjust_contrast, adjust.adjust_saturation][kind], draw())
+                   for kind in torch.randperm(3)]
+        box = RandomResizedCrop.get_params(image, (0.4, 1.0), (3 / 4, 4 / 3))
+        flip = (lambda x: x.flip(-1)) if torch.rand(()) < 0.5 else (lambda x: x)
+        for ours, stats in ((student, (common.IMAGENET_MEAN, common.IMAGENET_STD)), (teacher, (clip["mean"], clip["std"]))):
+            ours, theirs = 255 * common.unnormalise(ours, *stats)[0], []
+            for whole in (image.float() / 255, image):
+                for jitter, factor in jitters:
+                    whole = jitter(whole, factor)
+                whole = flip(adjust.resized_crop(whole, *box, ours.shape[-2:], v2.InterpolationMode.BICUBIC))
+                theirs.append(255 * whole.clamp(0, 1) if whole.is_floating_point() else whole)
+            change.append((ours - theirs[0]).abs().mean())
+            levels.append([(ours - theirs[1]).abs().mean(), (ours - theirs[1]).mean()])
+    assert max(change) < 1.5 and sum(change) / len(change) < 0.6  # the grey of a part; where values were cut off
+    difference, bias = torch.tensor(levels).mean(0).tolist()
+    assert difference < 2 and 1 < bias < 1.6
+    assert len(module.Augment(config, 64)(image, -1)) == 3  # one image serves both where the sizes agree
+    plain = config_of(module, "--img_size=64 --patch_size=8 --model=vit_s --color_jitter=0")
+    *crops, colours, _ = module.Augment(plain, 64)(image, -1)
+    assert torch.equal(module.recolour(crops[0][None].float(), colours[None])[0], crops[0].float())
 
 
 @functools.cache
@@ -257,7 +272,7 @@ test_checks = checks(cae_v2, {
          "targets[:, 1: 1 + ids_keep.shape[1]]"),
         ("masked labels in another order", "CAEv2.forward", "[:, 1:], ids_masked", "[:, 1:], ids_masked.flip(1)"),
         ("ids swapped", "CAEv2.forward", "ids_keep, ids_masked =", "ids_masked, ids_keep ="),
-        ("polarity of the mask", "common:mask_to_ids", "mask.byte()", "(~mask).byte()"),
+        ("polarity of the mask", "common:mask_to_ids", "hidden.byte()", "(~hidden).byte()"),
         ("squared error", "cosine_distance", "return 1 -", "return (pred - target).square().mean(dim=-1) + 0 *"),
         ("key bias in the encoder", "CAEv2.__init__", "common.freeze_key_bias(self.encoder)", "pass"),
         ("key bias in the regressor", "CrossAttention.__init__", ", bias=False", "")],
@@ -288,8 +303,13 @@ test_checks = checks(cae_v2, {
         ("cut at two sigma", "CAEv2.__init__", "a=-0.02, b=0.02", "a=-0.04, b=0.04"),
         ("the regressor's scale as the encoder's", "CAEv2.__init__", "0.1 if init_values else None", "init_values")],
     (check_augment, ""): [
-        ("the jitter comes last", "Augment.__call__", "self.jitter(image)", "image",
-         "Augment.__call__", "return *crops", "return *map(self.jitter, crops)"),
+        ("contrast by the grey of the crop", "recolour", "+ c", "+ c * 0 + (1 - a - b) * images.mean((1, 2, 3), True)"),
+        ("always in one order", "draw_colours", "torch.randperm(3)", "torch.randperm(3).sort()[0]"),
+        ("the grey of the untouched image", "draw_colours", "image = recolour(image, torch.tensor([rows[-1:]]))", "pass"),
+        ("saturation towards white", "draw_colours", "(f, 1 - f, 0)", "(f, 0, 255 * (1 - f))"),
+        ("values not cut", "recolour", ".clamp_(0, 255)", ""),
+        ("the teacher's colours stay", "inputs", "recolour(crop.float(), colours) for",
+         "crop.float() if crop is crops[1] else recolour(crop.float(), colours) for"),
         ("smaller crops", "Augment.__call__", "config.crop_min", "0.08"),
         ("bilinear", "Augment.__call__", "BICUBIC", "BILINEAR"),
         ("never flipped", "Augment.__call__", "< 0.5", "< 0"),

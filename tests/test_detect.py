@@ -573,7 +573,7 @@ def test_flags_reach_the_training(scenes, encoder, tmp_path, monkeypatch):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0, 0.1}
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     assert trained == {p for p in model.parameters() if p.requires_grad}
-    assert [block.drop_path.p for block in model.encoder.blocks] == pytest.approx([0, 0.2])
+    assert [block.drop_path.rate for block in model.encoder.blocks] == pytest.approx([0, 0.2])
     torch.manual_seed(5)
     assert torch.equal(common.ViT(**model.encoder.config).cls_token, model.encoder.cls_token.detach())
     pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 16, 256)
@@ -649,7 +649,7 @@ def test_a_dry_run_writes_nothing_and_pycocotools_is_asked_for(scenes, encoder, 
 def test_detection_is_in_eval_mode_on_any_aspect_of_its_share(tmp_path):
     write_set(tmp_path, "val")
     model, images = tiny_detector(3), detect.CocoImages(tmp_path, "val")
-    model.backbone.vit.blocks[1].drop_path.p = 0.9
+    model.backbone.vit.blocks[1].drop_path.rate = 0.9
     first, second = ([*detect.detect(model.train(), images, range(3), config(), ONE)] for _ in range(2))
     assert [target["image_id"] for target, _ in first] == [0, 10, 20]
     for (_, found), (_, again) in zip(first, second):

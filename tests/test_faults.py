@@ -1,6 +1,7 @@
 """What disks, machines and people do to a run: every operation of a save fails once, a power cut, random SIGKILLs,
 damaged states. `make faults` runs all, the slow part too, and prints ROWS: fault, tries, lost."""
 
+import argparse
 import builtins
 import contextlib
 import errno
@@ -11,7 +12,9 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -46,9 +49,9 @@ class Disk:
         monkeypatch.setattr(torch, "save", watched("save", lambda state, path: save(state, path)))
 
 
-def tiny_run(folder, steps):
+def tiny_run(folder, steps, save_every=1):
     """A run of one layer that has saved `steps` times."""
-    config = common.TrainConfig(device="cpu", workers=0, save_every=1, log_every=1)
+    config = common.TrainConfig(device="cpu", workers=0, save_every=save_every, log_every=1)
     run = common.Run("tiny", config, folder, "test")
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
@@ -325,7 +328,7 @@ def test_a_second_signal_ends_at_once_but_not_torchruns_own(tmp_path, monkeypatc
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
     run = common.Run("x", common.TrainConfig(), tmp_path)
-    run.signal = None
+    run.signal, run.saved = None, 0.0
     for number in (signal.SIGINT, signal.SIGTERM):
         run._remember(number, None)
     assert ended == [128 + signal.SIGTERM] and run.signal == signal.SIGINT
@@ -336,7 +339,60 @@ def test_a_second_signal_ends_at_once_but_not_torchruns_own(tmp_path, monkeypatc
     run._remember(signal.SIGTERM, None)
     assert len(ended) == 2
     run.dist, run.signal, run.parent = common.Dist(0, 1, None), None, -1  # torchrun is gone
-    assert run._asked_to_stop() and run.signal == signal.SIGTERM
+    assert run._agreed() == [1, 1] and run.signal == signal.SIGTERM
+
+
+def test_a_save_is_of_its_step_however_slow_the_disk_and_a_full_one_is_told(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path, 2)
+    model, event, save = torch.nn.Linear(4, 4), threading.Event(), torch.save
+    optimizer, before = torch.optim.AdamW(model.parameters()), model.weight.detach().clone()
+    monkeypatch.setattr(torch, "save", lambda *a: event.wait(30) and save(*a))
+    run.save(model, optimizer, 3)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert load(tmp_path)["step"] == 2  # the thread still waits for its disk, and the loop went on
+    event.set()
+    run.finish_saving()
+    assert load(tmp_path)["step"] == 3 and torch.equal(load(tmp_path)["model"]["weight"], before)
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    model.weight.data.copy_(before)
+    run.save(model, optimizer, 4)
+    futures.wait([run.saving])
+    with pytest.raises(OSError, match="No space left"):
+        run.log(5, 0.1, torch.tensor(1.0))
+    assert load(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize("seconds, steps", [(0, [2, 4, 5]), (600, [5])])
+def test_without_save_every_an_epochs_end_saves_if_the_last_time_is_ten_minutes_ago(tmp_path, monkeypatch, seconds,
+                                                                                  steps):
+    saved, save = [], common.Run.save
+    monkeypatch.setattr(common, "SAVE_SECONDS", seconds)
+    monkeypatch.setattr(common.Run, "save", lambda self, *a, **k: saved.append(a[2]) or save(self, *a, **k))
+    tiny_run(tmp_path, 5, save_every=0)
+    assert saved == steps
+
+
+def test_processes_agree_a_step_later_and_wait_for_no_answer(tmp_path, monkeypatch):
+    run, asked = tiny_run(tmp_path, 1), []
+    run.dist = common.Dist(0, 2, run.dist.device)
+
+    def all_reduce(tensor, async_op):
+        assert async_op
+        asked.append(tensor)
+        return argparse.Namespace(wait=lambda: tensor.add_(torch.tensor([len(asked) == 2, 0])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert [run._agreed() for _ in range(3)] == [[0, 0], [1, 0], [0, 0]] and len(asked) == 3
+
+
+def test_a_run_that_waits_for_images_says_so_once(tmp_path, monkeypatch, capsys):
+    run = tiny_run(tmp_path, 2)
+    for step in (3, 4, 5):
+        run.waited, run.sums, run.count = 1e9, dict(loss=torch.tensor(1.0)), 1
+        run._write_line(step, 0.1, torch.tensor(1.0))
+    text = capsys.readouterr().out
+    assert text.count("waiting  for images") == 1 and "--workers" in text and "eval.shrink" in text
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(step=3), dict(images="y"), dict(commit="z"), dict(out="r1")])

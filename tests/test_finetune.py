@@ -3,6 +3,7 @@ beside those of tests/test_runs.py: tests after each epoch, the average of the w
 
 import hashlib
 import json
+from concurrent import futures
 import math
 import random
 import re
@@ -149,7 +150,7 @@ def test_head_norm_positions_and_drop_path_of_each_recipe():
         expected = vit.norm.weight if method == "cae_v2" else torch.ones(64)
         assert torch.equal(model.fc_norm.weight, expected) and model.fc_norm.weight is not vit.norm.weight
         assert vit.pos_embed.requires_grad == (method == "mae") and model.fc_norm.eps == 1e-6
-        assert [block.drop_path.p for block in vit.blocks] == pytest.approx([0, 0.1, 0.2])
+        assert [block.drop_path.rate for block in vit.blocks] == pytest.approx([0, 0.1, 0.2])
     first, again, other = (build(resolved(seed=seed), tiny(), 5) for seed in (0, 0, 1))
     assert differences(first.state_dict(), again.state_dict()) == []
     assert not torch.equal(other.head.weight, first.head.weight)
@@ -387,9 +388,16 @@ def test_steps_are_smoothed_and_tests_see_the_average(root, tmp_path, monkeypatc
 def test_a_run_killed_before_its_test_is_tested(root, tmp_path, monkeypatch, capsys, epochs):
     out = tmp_path / "run"
     assert epochs == 1 or tune(root, out, "--max_steps=8") == 0
-    monkeypatch.setattr(finetune, "test", None)
+
+    def die(*_):
+        futures.wait([runs[-1].saving])  # as a process does that ends
+        raise TypeError
+
+    runs, save = [], common.Run.save
+    monkeypatch.setattr(common.Run, "save", lambda self, *a, **k: runs.append(self) or save(self, *a, **k))
+    monkeypatch.setattr(finetune, "test", die)
     with pytest.raises(TypeError):  # dies between save and test
-        tune(root, out)
+        tune(root, out, "--save_every=3")
     monkeypatch.undo()
     assert load(out)["step"] == 3 * epochs and 3 * epochs not in measured(out)
     for sentence in ("fine-tuned on 18 images", "is finished, step 9"):

@@ -144,7 +144,7 @@ def test_the_loop_is_that_of_torchs_optimiser(tmp_path, clip_grad):
     optimizer, reference = (torch.optim.AdamW([
         dict(params=[net[2].weight], lr_scale=0.5), dict(params=[net[2].bias], lr_scale=1.0)]) for net in (model, same))
     samples, plan = common.Samples(noise(6, size=4), lambda *it: it, 0), common.make_plan(6, 6, 3, 3, 1)
-    flags, seen, rates = config(seed=7, log_every=1), [], [0.3, 0.2, 0.1].__getitem__
+    flags, seen, rates = config(seed=7, log_every=1, save_every=1), [], [0.3, 0.2, 0.1].__getitem__
     run = common.Run("test", flags, tmp_path)
     run.begin(ONE, plan, samples, model, optimizer)
 

@@ -234,7 +234,7 @@ def test_blocks_norms_drop_path_and_seed():
     groups = {768: 32, 256: 32, 128: 32, 48: 12, 16: 4, 6: 1, 3: 1, 30: 6}
     assert {channels: norm_layer("group", channels).num_groups for channels in groups} == groups
     model, *others = (Segmenter(tiny(), config(drop_path=0.3, seed=seed), "batch") for seed in (0, 0, 1))
-    assert [round(block.drop_path.p, 6) for block in model.encoder.blocks] == [0.0, 0.1, 0.2, 0.3]
+    assert [round(block.drop_path.rate, 6) for block in model.encoder.blocks] == [0.0, 0.1, 0.2, 0.3]
     heads = [other.head.state_dict() for other in (model, *others)]
     assert differences(heads[0], heads[1]) == [] != differences(heads[0], heads[2])
     assert [module.p for module in model.head.modules() if isinstance(module, nn.Dropout2d)] == [0.1, 0.1]
