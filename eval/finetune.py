@@ -238,7 +238,7 @@ class Augment:
             operation = v2.RandAugment(1, config.randaugment, 11, interpolation=bilinear, fill=MEAN_COLOUR)
             steps += [v2.RandomApply([operation], p=0.5)] * 2
         steps += [v2.ToDtype(torch.float32, scale=True),
-                  v2.Normalize(mean, std),
+                  v2.Normalize(mean, std, inplace=True),
                   v2.RandomErasing(config.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")]
         self.steps = v2.Compose(steps)
 
