@@ -1317,7 +1317,7 @@ class Run:
         """Reads what `update` found since the last time. Raises ValueError after ten bad steps in a
         row, or a hundred in a thousand."""
         flags = torch.stack(self.flags).tolist() if self.flags else []
-        for step, bad in enumerate(flags, self.now + 1 - len(flags)):
+        for step, bad in enumerate(flags, self.now + (not self.cut) - len(flags)):
             self.failures, self.skipped = bad * (self.failures + 1), self.skipped + bad
             self.bad_steps = [other for other in self.bad_steps if other > step - 1000]
             self.bad_steps += [step] * bad

@@ -178,9 +178,13 @@ class BiasedAttention(nn.Module):
     def __init__(self, attention, grid, class_token):
         super().__init__()
         self.num_heads, self.qkv, self.proj = attention.num_heads, attention.qkv, attention.proj
-        index = relative_positions(grid, class_token)  # (T, T)
-        self.register_buffer("index", index, persistent=False)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(int(index.max()) + 1, self.num_heads))
+        self.index = relative_positions(grid, class_token)  # (T, T)
+        rows = int(self.index.max()) + 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, self.num_heads))
+
+    def _apply(self, move, recurse=True):  # the index goes along, but is no buffer for processes to share
+        self.index = move(self.index)
+        return super()._apply(move, recurse)
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
