@@ -70,7 +70,6 @@ Commands (the same command again resumes; --out is runs/beyond_masking_MODEL_TAS
 To use the method elsewhere copy this file and common.py (and demo/ for `scenes`).
 """
 
-import functools
 import math
 import typing
 from contextlib import nullcontext
@@ -280,14 +279,15 @@ def inputs(batch, device):
 
 # --------------------------------------------------------------------------------------------------
 # Target: pixels of the clean image
-@functools.cache
-def area_matrix(old, new, device, dtype):
+@torch.compiler.assume_constant_result  # of the compiled loss it is a part
+def area_matrix(old, new, device, dtype, made={}):
     """(new, old): row i averages the pixels floor(i old/new) .. ceil((i+1) old/new) - 1."""
-    i = torch.arange(new, device="cpu")[:, None]
-    first, end = i * old // new, -(-(i + 1) * old // new)
-    pixel = torch.arange(old, device="cpu")
-    inside = (first <= pixel) & (pixel < end)
-    return (inside.double() / (end - first)).to(device, dtype)
+    if (old, new, device, dtype) not in made:  # else each call would wait for the copy
+        i, pixel = torch.arange(new, device="cpu")[:, None], torch.arange(old, device="cpu")
+        first, end = i * old // new, -(-(i + 1) * old // new)
+        inside = (first <= pixel) & (pixel < end)
+        made[old, new, device, dtype] = (inside.double() / (end - first)).to(device, dtype)
+    return made[old, new, device, dtype]
 
 
 def area_resize(images, size):
