@@ -40,33 +40,25 @@ def views(folder):
     return common.normalise(torch.stack([centre_view(image, (32, 32)) for image in images]))
 
 
-@pytest.mark.parametrize("tokens", ["mean", "cls", "patches", "all"])
+@pytest.mark.parametrize("tokens, layers", [("mean", ""), ("cls", ""), ("patches", ""), ("all", ""), ("all", "0,-1")])
 @torch.no_grad()
-def test_the_file_holds_what_the_encoder_gives_for_each_name(place, tokens):
+def test_the_file_holds_what_the_encoder_or_its_blocks_give_for_each_name(place, tokens, layers):
     folder, flags = place
-    assert call(*flags, "--tokens", tokens, main=main) == 0
-    found, about = read(folder / "f.safetensors")
-    x = tiny(depth=3).eval()(views(folder))
-    expected = dict(mean=x[:, 1:].mean(1), cls=x[:, 0], patches=x[:, 1:], all=x)[tokens]
-    assert found.keys() == {"features", "labels"} and found["features"].dtype == torch.float32
-    torch.testing.assert_close(found["features"], expected, rtol=0, atol=1e-5)
-    assert about["names"] == NAMES and about["classes"] == ["a", "b", "c"]
-    assert found["labels"].tolist() == [0, 0, 1, 1, 1, 2, 2]
-    assert about["sha256"] == sha256(folder / "encoder.safetensors") and about["tokens"] == tokens
-    facts = dict(kind="features", images=7, out=str(folder / "f.safetensors"))
-    assert facts.items() <= results(folder)[0].items()
-
-
-@torch.no_grad()
-def test_layers_are_outputs_of_blocks_before_any_norm(place):
-    folder, flags = place
-    assert call(*flags, "--tokens", "all", "--layers", "0,-1", main=main) == 0
+    assert call(*flags, "--tokens", tokens, "--layers", layers, main=main) == 0
     found, about = read(folder / "f.safetensors")
     vit = tiny(depth=3).eval()
     first = vit.blocks[0](vit.embed(views(folder)))
     last = vit.blocks[2](vit.blocks[1](first))
-    assert about["layers"] == ["layer_0", "layer_2"] and found.pop("labels").tolist() == [0, 0, 1, 1, 1, 2, 2]
-    torch.testing.assert_close(found, dict(layer_0=first, layer_2=last), rtol=0, atol=1e-5)
+    x = vit.norm(last)
+    expected = dict(features=dict(mean=x[:, 1:].mean(1), cls=x[:, 0], patches=x[:, 1:], all=x)[tokens])
+    expected = dict(layer_0=first, layer_2=last) if layers else expected  # before any norm
+    assert found.pop("labels").tolist() == [0, 0, 1, 1, 1, 2, 2]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    facts = dict(kind="features", names=NAMES, classes=["a", "b", "c"], tokens=tokens, layers=list(expected),
+                 sha256=sha256(folder / "encoder.safetensors"))
+    assert facts.items() <= about.items()
+    facts = dict(kind="features", images=7, out=str(folder / "f.safetensors"))
+    assert facts.items() <= results(folder)[0].items()
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ from torchvision.transforms import InterpolationMode, v2
 import common
 from eval import finetune
 from eval.encoders import load_encoder
-from eval.finetune import (RECIPES, Augment, Classifier, Config, build, evaluate, load_classifier, low_shot,
-                           main, make_mix, measured, relative_positions, with_recipe)
+from eval.finetune import (RECIPES, Augment, Classifier, Config, build, evaluate, load_classifier, low_shot, main,
+                           make_mix, measured, relative_positions, with_recipe)
 from eval.protocol import layer_groups
 from helpers import assert_same_run, call, differences, load, numbers
 
@@ -43,7 +43,6 @@ def tiny(**changes):
 
 
 def wide(width):
-    """All that a recipe reads of an encoder."""
     return SimpleNamespace(config=dict(embed_dim=width, num_heads=2), cls_token=1)
 
 
@@ -184,34 +183,22 @@ def test_layer_scales_are_the_authors_and_groups_timms():
     groups = param_groups_layer_decay(theirs, 0.07, theirs.no_weight_decay(), layer_decay=decay)
     model.encoder.pos_embed.requires_grad_(True)
     expected, ours = scales(groups, theirs), scales(layer_groups(model, model.encoder, 0.07, decay), model)
-    assert {name: ours[name] for name in expected} == {name: pytest.approx(value) for name, value in expected.items()}
+    assert {name: ours[name] for name in expected} == {name: pytest.approx(pair) for name, pair in expected.items()}
 
 
-def test_crop_and_flip_are_torchvisions():
-    augment = Augment(resolved(randaugment=0, erasing=0.0, crop_min=0.3), (16, 24))
+def test_crop_flip_and_erasing_are_torchvisions():
+    """Erasing writes normal noise per pixel and channel, with timm's areas and aspects."""
+    augment = Augment(resolved(randaugment=0, erasing=0.25, crop_min=0.3), (16, 24))
     image = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
     crop = v2.RandomResizedCrop((16, 24), (0.3, 1.0), interpolation=InterpolationMode.BICUBIC)
-    for seed in range(8):
+    erase = v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+    for seed in range(40):
         torch.manual_seed(seed)
         ours, label = augment(image, 7)
         torch.manual_seed(seed)
         expected = v2.RandomHorizontalFlip()(crop(image))
-        torch.testing.assert_close(ours, common.normalise(expected[None])[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours, erase(common.normalise(expected[None])[0]), atol=1e-6, rtol=0)
         assert label == 7 and ours.dtype == torch.float32
-
-
-def test_erasing_writes_noise_in_a_quarter_of_the_samples():
-    augment = Augment(resolved(randaugment=0, erasing=0.25), (32, 32))
-    black, boxes = torch.zeros(3, 32, 32, dtype=torch.uint8), []
-    torch.manual_seed(0)
-    for _ in range(300):
-        image, _ = augment(black, 0)
-        changed = (image - common.normalise(black[None])[0]).abs().amax(0) > 1e-4
-        boxes += [image[:, changed.any(1)][:, :, changed.any(0)].flatten()] * bool(changed.any())
-    values, erased = torch.cat(boxes), [len(box) / (3 * 32**2) for box in boxes]
-    assert 0.18 < len(erased) / 300 < 0.32 and 0.015 < min(erased) and 0.25 < max(erased) < 0.35
-    assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
-    assert values.unique().numel() > 0.9 * values.numel()  # per pixel and channel, not one colour
 
 
 def test_randaugment_is_timms(monkeypatch):
@@ -319,7 +306,6 @@ def tune(root, out, *more):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with an encoder, data, and a run that nothing disturbed."""
     root = tmp_path_factory.mktemp("root")
     colours(root / "data")
     common.save_encoder(tiny(), root / "encoder" / "encoder.safetensors", method="cae_v2")
@@ -331,7 +317,6 @@ def test_what_a_run_writes(root):
     state, lines = load(root / "run"), numbers(root / "run")
     assert (state["kind"], state["step"], state["classes"]) == ("finetuning", 9, ["blue", "green", "red"])
     assert [line["step"] for line in lines if "accuracy" in line] == [3, 6, 9]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 10))
     assert Image.open(root / "run" / "preview.png").width == 3 * 174 + 6
     # The rate of a layer is the schedule's times its scale; the last step's schedule in closed form.
     lr = 1e-6 + (3e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (8 - 2) / (9 - 2)))
@@ -362,16 +347,11 @@ def test_another_encoder_stops_a_run(root, tmp_path, capsys):
 
 def test_steps_are_smoothed_and_tests_see_the_average(root, tmp_path, monkeypatch):
     """w <- decay w + (1 - decay) now; the first step starts it, as torch's AveragedModel does."""
-    tested, steps, seen, measure = [], [], set(), evaluate
-
-    class Spy(nn.CrossEntropyLoss):
-        def forward(self, logits, targets):
-            seen.add((self.label_smoothing, *targets.shape))
-            return super().forward(logits, targets)
-
-    monkeypatch.setattr(finetune, "evaluate", lambda model, *rest:
-                        tested.append(model.head.weight.clone()) or measure(model, *rest))
-    monkeypatch.setattr(nn, "CrossEntropyLoss", Spy)
+    tested, steps, seen, measure, forward = [], [], set(), evaluate, nn.CrossEntropyLoss.forward
+    monkeypatch.setattr(finetune, "evaluate", lambda model, *rest: (
+        tested.append(model.head.weight.clone()) or measure(model, *rest)))
+    monkeypatch.setattr(nn.CrossEntropyLoss, "forward", lambda self, logits, targets: (
+        seen.add((self.label_smoothing, *targets.shape)) or forward(self, logits, targets)))
     for stop in (1, 2, 3):
         assert tune(root, tmp_path / "run", "--smoothing=0.15", f"--max_steps={stop}") == 0
         steps.append(load(tmp_path / "run")["model"])
@@ -454,8 +434,8 @@ def test_a_fine_tuned_file_and_statistics_of_its_own(root, tmp_path, capsys, mon
     own = ["--checkpoint", tmp_path / "x.pth", "--num_heads=2", "--max_steps=1", "--recipe=mae"]
     for flags in (["--fc_norm=encoder"], ["--pool=cls"]):
         assert "without the encoder's final norm" in fails(capsys, root, tmp_path / "run", *own, *flags)
-    seen, forward = [], common.ViT.embed
-    monkeypatch.setattr(common.ViT, "embed", lambda vit, images, *rest: seen.append(images) or forward(vit, images, *rest))
+    seen, embed = [], common.ViT.embed
+    monkeypatch.setattr(common.ViT, "embed", lambda vit, x, *more: seen.append(x) or embed(vit, x, *more))
     plain = "--epochs=1 --mixup=0 --cutmix=0 --randaugment=0 --erasing=0 --mean_std=half --max_steps=3"
     assert tune(root, tmp_path / "run", *own, *plain.split()) == 0
     config = load(tmp_path / "run")["encoder"]
@@ -463,14 +443,6 @@ def test_a_fine_tuned_file_and_statistics_of_its_own(root, tmp_path, capsys, mon
     assert call("--checkpoint", tmp_path / "run", "--data", root / "data", "--eval_only", "--workers=0", main=main) == 0
     grid = (torch.cat([images.flatten() for images in seen]) / 2 + 0.5) * 255  # 0 .. 255 again, with 0.5 and 0.5
     assert torch.allclose(grid, grid.round(), atol=1e-3) and grid.min() >= -1e-3
-
-
-def test_a_bad_test_image_is_told_before_the_training(root, tmp_path, capsys):
-    folder = colours(tmp_path / "data")
-    path = sorted((folder / "val").rglob("*.png"))[-1]
-    path.write_bytes(path.read_bytes()[:60])
-    assert f"{path.name} cannot be read" in fails(capsys, root, tmp_path / "run", "--data", folder)
-    assert not (tmp_path / "run").exists()
 
 
 def fails(capsys, *argv):
@@ -485,8 +457,5 @@ def test_what_is_refused(capsys, root, tmp_path):
             ("--randaugment=11", "--randaugment at most 10"), ("--warmup_epochs=3", "shorter than the run"),
             ("--batch_size=100", "18 images are less than one batch of 100")):
         assert sentence in fails(capsys, root, tmp_path / "run", flag), flag
-    folder = colours(tmp_path / "data")
-    (folder / "val/blue").rename(folder / "val/pink")
-    assert "one of them only: blue, pink" in fails(capsys, root, tmp_path / "run", "--data", folder)
     with pytest.raises(ValueError, match="no class token, use --pool mean"):
         with_recipe(Config(checkpoint="x", recipe="mae", pool="cls"), Path("x"), tiny(class_token=False))

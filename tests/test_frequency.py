@@ -36,8 +36,9 @@ def test_curve_by_hand(g):
     curve = relative_log_amplitude(features, (g, g))
     assert curve.shape == ((g + 1) // 2,) and curve[0] == 0
     assert curve.numpy() == pytest.approx(by_hand(features, g), abs=1e-12)
-    with pytest.raises(ValueError, match="square grid"):
-        relative_log_amplitude(torch.zeros(2, g * g + 1, 3), g)  # a class token
+    for count, grid in ((g * g + 1, g), (4 * g * g, (4 * g, g))):  # a class token, and an oblong grid
+        with pytest.raises(ValueError, match="a square grid is needed"):
+            relative_log_amplitude(torch.zeros(2, count, 3), grid)
 
 
 class Half(common.Dist):  # one of two processes
@@ -89,7 +90,12 @@ def write_log(folder, *lines, rest=""):
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + rest)
 
 
-def test_command(run, capsys):
+@pytest.mark.parametrize("picture", [True, False])
+def test_command_with_and_without_matplotlib(run, monkeypatch, capsys, picture):
+    if picture:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were missing
     argv = ["--checkpoint", run, "--data", "scenes", "--images", 40, "--device", "cpu"]
     assert call(*argv, main=frequency.main) == 0
     result, (line,) = json.loads((run / "frequency.json").read_text()), results(run)
@@ -100,23 +106,9 @@ def test_command(run, capsys):
     assert line["kind"] == "frequency" and line["val_images"] == result["images"] == 40
     last, baseline = (result[name][-1][-1] for name in ("encoder", "random_init"))
     assert (line["last_block"], line["random_init"]) == (last, baseline) and last != baseline
-    assert f"random init {baseline:.2f}, pre-trained {last:.2f}" in capsys.readouterr().out
-    pytest.importorskip("matplotlib")
-    assert Image.open(run / "frequency.png").size == (540, 432)
-
-
-def test_without_matplotlib_the_numbers_are_written(run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were missing
-    argv = ["--checkpoint", run, "--data", "scenes", "--images", 5, "--device", "cpu"]
-    assert call(*argv, main=frequency.main) == 0
-    assert "pip install matplotlib" in capsys.readouterr().out
-    assert (run / "frequency.json").exists() and not (run / "frequency.png").exists()
-
-
-def test_an_oblong_encoder_is_refused(tmp_path, capsys):
-    common.save_encoder(common.ViT((16, 32), 8, embed_dim=16, depth=1, num_heads=2), tmp_path / "encoder.safetensors")
-    assert call("--data", "scenes", "--checkpoint", tmp_path, main=frequency.main) == 1
-    assert "a square grid is needed" in sentence(capsys.readouterr().err)
+    out = capsys.readouterr().out
+    assert f"random init {baseline:.2f}, pre-trained {last:.2f}" in out and ("pip install matplotlib" in out) != picture
+    assert Image.open(run / "frequency.png").size == (540, 432) if picture else not (run / "frequency.png").exists()
 
 
 def test_what_is_drawn(run, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import common
 from eval import knn
 from eval.encoders import export
-from eval.knn import Config, main, vote
+from eval.knn import Config, main
 from eval.protocol import random_encoder
 from helpers import call, differences, finish, sentence, start
 from test_linear_probe import ONE, coloured, results, tiny, write_folder
@@ -28,36 +28,22 @@ def brute_force(queries, bank, labels, num_classes, k):
     return winners
 
 
-def test_votes_are_those_of_brute_force():
-    generator = np.random.default_rng(0)
-    bank, queries = (generator.normal(2, size=(n, 16)) for n in (300, 40))  # all rather similar
-    labels, counts = generator.integers(0, 5, size=300), (10, 20, 100, 200)
-    unit = [torch.nn.functional.normalize(torch.tensor(x), dim=1) for x in (queries, bank)]
-    similarities, ids = (unit[0] @ unit[1].T).sort(dim=1, descending=True)
-    winners = vote(similarities[:, :200], torch.tensor(labels)[ids[:, :200]], 5, counts)
-    assert winners.keys() == set(counts) == set(knn.NEIGHBOURS)
-    for k, found in winners.items():
-        assert found.tolist() == brute_force(queries, bank, labels, 5, k)
-    assert len({tuple(found.tolist()) for found in winners.values()}) == 4  # each k has its own answer
-
-
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_accuracy_is_that_of_brute_force_on_the_encoders_features(pool, monkeypatch):
     monkeypatch.setattr(knn, "BLOCK", 7)
-    vit, train, val = tiny(), coloured(40), coloured(30, seed=1)
+    vit, train, val = tiny(), coloured(210), coloured(300, seed=1)
     generator = torch.Generator().manual_seed(0)
     for images in (train, val):  # hard enough that k matters
         noise = torch.randint(0, 200, images.pixels.shape, generator=generator, dtype=torch.uint8)
-        images.pixels = images.pixels // 8 + noise
+        images.pixels = images.pixels // 16 + noise
     config = Config(checkpoint="x", data="scenes", pool=pool, batch_size=16)
     percent = knn.knn(vit, train, val, config, ONE)
     with torch.no_grad():
         tokens = [tiny().eval()(common.normalise(images.pixels)).double().numpy() for images in (train, val)]
     bank, queries = (x[:, 0] if pool == "cls" else x[:, 1:].mean(1) for x in tokens)
     expected = {k: 100 * np.mean(brute_force(queries, bank, train.labels.numpy(), 3, k) == val.labels.numpy())
-                for k in (10, 20)}
-    assert percent == pytest.approx(expected)  # 100 and 200 neighbours are more than there are images
-    assert all(30 < value < 100 for value in expected.values())
+                for k in (10, 20, 100, 200)}
+    assert percent == pytest.approx(expected) and len({*expected.values()}) > 2
     with pytest.raises(ValueError, match="9 images, fewer than 10 neighbours"):
         knn.knn(vit, coloured(9), val, config, ONE)
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torchvision.transforms import InterpolationMode, v2
 import common
 from eval import protocol
 from eval.encoders import export
-from eval.protocol import (EvalConfig, all_gather, append_result, centre_view, check_classes, check_pool,
-                           fit, frozen_tokens, open_checkpoint, open_run, pool_tokens, random_encoder, share_loader)
+from eval.protocol import (EvalConfig, all_gather, append_result, centre_view, check_classes, fit, frozen_tokens,
+                           open_checkpoint, open_run, random_encoder)
+from helpers import read_log, sentence
 from test_linear_probe import ONE, tiny
-
+from test_runs import places, script  # noqa: F401
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,24 +85,6 @@ def test_processes_share_the_images_and_all_gather_puts_them_in_order(world, mon
         next(frozen_tokens(vit, noise(1), 2, config(), each[-1]))
 
 
-def test_a_share_is_every_world_th_sample_in_order():
-    for rank in range(3):
-        one, numbers = common.Dist(rank, 3, ONE.device), range(10)
-        assert list(share_loader(numbers, None, config(), one)) == list(numbers[rank::3])
-        batches = list(share_loader(numbers, 2, config(workers=1), one, collate=list))
-        assert sum(batches, []) == list(numbers[rank::3]) and len(batches) == 2
-
-
-def test_pooling():
-    tokens = torch.randn(3, 5, 7)
-    assert torch.equal(pool_tokens(tokens, "cls", 4), tokens[:, 0])
-    torch.testing.assert_close(pool_tokens(tokens, "mean", 4), sum(tokens[:, i] for i in (1, 2, 3, 4)) / 4)
-    torch.testing.assert_close(pool_tokens(tokens, "mean", 5), tokens.sum(1) / 5)  # without class token
-    assert pool_tokens(tokens, "attention", 4) is tokens
-    with pytest.raises(ValueError, match="no class token, use --pool mean"):
-        check_pool("cls", tiny(class_token=False), "x")
-
-
 def test_a_checkpoint_and_a_random_encoder_of_its_shape(tmp_path, capsys, monkeypatch):
     vit = tiny(img_size=64)
     export(vit, tmp_path / "encoder.safetensors")
@@ -134,6 +118,22 @@ def test_what_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol.os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="eval.jsonl, which cannot be written"):  # before the work
         open_run(tmp_path, "finetuning")
+
+
+@pytest.mark.parametrize("script", ["eval.finetune", "eval.linear_probe", "eval.detect"], indirect=True)
+def test_a_bad_test_image_is_told_before_a_run_trains(script, places, tmp_path, capsys):  # noqa: F811
+    """One that goes on does not look again."""
+    out, more, folder = tmp_path / "run", ["--data", tmp_path], "coco" if script.name == "eval.detect" else "classes"
+    shutil.copytree(places / folder, tmp_path, dirs_exist_ok=True)
+    picture = sorted((tmp_path / "val").rglob("*.*"))[-1]
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:60])
+    assert script(out, *more) == 1 and not out.exists()
+    assert f"{picture} cannot be read as an image" in sentence(capsys.readouterr().err)
+    picture.write_bytes(whole)
+    assert script(out, *more, "--max_steps=2") == 0
+    picture.write_bytes(whole[:60])
+    assert script(out, *more, "--max_steps=4") == 1 and len(read_log(out)) > 2
 
 
 @pytest.mark.parametrize("clip_grad", [0.2, math.inf])

@@ -29,13 +29,10 @@ motion_blur .785948, zoom_blur .798360, snow .866816, frost .826572, fog .819324
 contrast .853204, elastic_transform .646056, pixelate .717840, jpeg_compression .606500"""
 
 
-def test_mce_is_100_for_alexnet_and_in_proportion_for_others():
+def test_mce_is_100_for_alexnet():
     published = {name: float(value) for name, value in map(str.split, PUBLISHED.split(","))}
     assert published == ALEXNET and len(ALEXNET) == 15
     assert mean_corruption_error({name: 100 * published[name] for name in ALEXNET}) == pytest.approx(100)
-    found = {name: 10 + place for place, name in enumerate(ALEXNET)}
-    by_hand = np.mean([found[name] / 100 / ALEXNET[name] for name in found]) * 100
-    assert mean_corruption_error(found) == pytest.approx(by_hand)
 
 
 def noise(folder, names, count=3):
@@ -80,15 +77,12 @@ def test_labels_come_from_names_and_processes_share_the_images(tmp_path, run, mo
     images, model = by_name(tmp_path, WNIDS[:6]), robustness.load_classifier(run)[0]
     assert images.labels.tolist() == [1, 1, 1, 3, 3, 3, 5, 5, 5]
     values, parts = logits(run, map(images.path, range(9))), []
+    monkeypatch.setattr(common.Dist, "all_reduce", lambda self, x: parts.append(x.clone()) or x)
     for allowed in ([1, 3, 5], [0, 3], range(1000)):
         pred = np.array(allowed)[values[:, list(allowed)].argmax(1)]
-        expected = [int((pred != images.labels.numpy()).sum()), 9]
-        assert errors(model, images, allowed, WHOLE, common.Dist(0, 1, CPU)) == expected
-        monkeypatch.setattr(common.Dist, "all_reduce", lambda self, x: parts.append(x.clone()) or x)
         for rank in range(4):
             errors(model, images, allowed, WHOLE, common.Dist(rank, 4, CPU))
-        assert torch.stack(parts[-4:]).sum(0).tolist() == expected
-        monkeypatch.undo()
+        assert torch.stack(parts[-4:]).sum(0).tolist() == [(pred != images.labels.numpy()).sum(), 9]
 
 
 @pytest.mark.parametrize("size", [(300, 400), (224, 224)])
@@ -144,7 +138,6 @@ def test_a_r_and_sketch(tmp_path, run, capsys, kind):
 
 @pytest.fixture(scope="module")
 def corrupted(tmp_path_factory):
-    """All corruptions and severities, one image each."""
     sets = [f"{name}/{level}/{WNIDS[place]}" for place, name in enumerate(ALEXNET) for level in "12345"]
     return noise(tmp_path_factory.mktemp("imagenet-c"), sets, count=1)
 
