@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -32,6 +33,10 @@ def write_images(folder, count=24, size=(48, 40), kind=".png"):
     return folder
 
 
+def config_of(module, flags=""):
+    return common.parse_config(module.Config, "", module.SIZES, module.DEMO, flags.split(), module.DEPENDS)
+
+
 def call(*argv, main=cae_v2.main):
     """A script's main in this process, as `python cae_v2.py` runs it: its exit code."""
     try:
@@ -39,6 +44,12 @@ def call(*argv, main=cae_v2.main):
     except SystemExit as stop:
         return stop.code or 0
     return 0
+
+
+def refused(match, call, *arguments, error=ValueError, **more):
+    """The call ends with this error and these words."""
+    with pytest.raises(error, match=match):
+        call(*arguments, **more)
 
 
 def sentence(text):

@@ -134,7 +134,6 @@ class Trace:
             if file in self.files and frame.f_code.co_name[0] != "<":  # "<listcomp>" is part of its function
                 own = file == main.__code__.co_filename
                 return self.watch(file, {name: size for name, size in known.items() if own or name in others})
-
         before = sys.gettrace()
         sys.settrace(enter)
         try:
@@ -146,13 +145,11 @@ class Trace:
         """What Python calls at each line of a function: once a statement is over, it notes what that gave."""
         (_, trees, places, key), events, now = self.files[file], [], None
         known = {name: known[name] for name in known.keys() & key}
-
         def note(line, value, variables):
             many, names = isinstance(value, (list, tuple)), letters(trees[line])
             shapes = [tuple(x.shape) for x in (value if many else [value]) if hasattr(x, "shape")]
             ints = {name: x for name, x in variables.items() if name in names and type(x) is int}
             events.append((line, shapes if many else (*shapes, ())[0], ints))
-
         def step(frame, event, arg):
             nonlocal now
             end, code, lines = now or (0, "", ())
@@ -167,7 +164,6 @@ class Trace:
             if event == "return" and events:
                 self.calls[file][repr((known, events))] = known, events
             return step
-
         return step
 
     def report(self):
@@ -181,17 +177,6 @@ class Trace:
             wrong |= dict.fromkeys(trees.keys() - seen, "was not executed, or ends no statement with a value")
             found += [f"{texts[line]}: {wrong[line]}" for line in sorted(wrong)]
         return found
-
-
-def write_data():
-    """Six classes of images, four images with label maps, a detection set, and an encoder of grey images with neither
-    positions nor key biases, as the authors of Beyond Masking save it."""
-    for split, name in itertools.product(("train", "val"), "abcdef"):
-        write_images(Path("data", split, name), 4)
-    write_maps(Path("maps"), 2)
-    write_coco("coco", train=4, val=2, size=64)
-    variants = torch.load(ROOT / "tests/golden/beyond_masking.pt")["variants"]
-    torch.save(variants["decolorized"]["state_dict"], "theirs.pth")
 
 
 def pretrain(trace):
@@ -220,7 +205,6 @@ def evaluate(trace):
     def run(name, flags, **changes):
         known = dict(D=128, N=25, V=25, K=6, P=8, H=4, d=32) | changes
         trace.run(MODULES[f"eval.{name}"].main, f"--workers 0 --device cpu --checkpoint {flags}", **known)
-
     run("knn", "two --data data --batch_size 12", k=20)
     run("frequency", "two --data data --batch_size 12")
     run("features", "two --data data --batch_size 8 --tokens patches --layers 1,-1 --out f.safetensors")
@@ -243,13 +227,19 @@ def evaluate(trace):
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    """What was seen when all scripts ran."""
+    """What was seen when all scripts ran: with six classes of images, four images with label maps, a detection set, and
+    an encoder of grey images with neither positions nor key biases, as the authors of Beyond Masking save it."""
     trace = Trace({MODULES[name].__file__: SOURCES[name] for name in NAMES})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("reading"))
         # Another width than the encoder's, so that a layer lies between.
         patch.setitem(MODULES["cae_v2"].SIZES["vit_demo"], "regressor_dim", 96)
-        write_data()
+        for split, name in itertools.product(("train", "val"), "abcdef"):
+            write_images(Path("data", split, name), 4)
+        write_maps(Path("maps"), 2)
+        write_coco("coco", train=4, val=2, size=64)
+        variants = torch.load(ROOT / "tests/golden/beyond_masking.pt")["variants"]
+        torch.save(variants["decolorized"]["state_dict"], "theirs.pth")
         pretrain(trace)
         evaluate(trace)
     return trace

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import common
-from helpers import ROOT, TINY, environment, finish, start
+from helpers import ROOT, TINY, config_of, environment, finish, start
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|\n").split("|")]
@@ -19,11 +19,6 @@ TABLE = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip(
 METHODS = {"MFM": "mfm_mae", "Beyond Masking": "beyond_masking", "CAE v2": "cae_v2"}
 MODELS = dict(vit_ti=3, vit_s=6, vit_b=12, vit_l=16, vit_h=16)  # with timm's heads
 EVALS = ["detect", "features", "finetune", "frequency", "knn", "linear_probe", "robustness", "segment"]
-
-
-def config_of(name, flags):
-    script = importlib.import_module(name)
-    return common.parse_config(script.Config, "", script.SIZES, script.DEMO, flags.split(), script.DEPENDS)
 
 
 def test_flags_files_and_commands_exist():
@@ -38,8 +33,8 @@ def test_flags_files_and_commands_exist():
     assert len(files) > 5 and [file for file in files if not (ROOT / file).exists() and file[:5] != "runs/"] == []
     for target in re.findall(r"^make ([\w-]+)", README, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
-    for command in re.findall(r"`(?:python|torchrun --nproc_per_node=8) (\w+)\.py ([^`]*)`", README):
-        config_of(*command)
+    for name, flags in re.findall(r"`(?:python|torchrun --nproc_per_node=8) (\w+)\.py ([^`]*)`", README):
+        config_of(importlib.import_module(name), flags)
 
 
 @pytest.mark.parametrize("title, size", [(title, size) for title in METHODS for size in MODELS
@@ -55,7 +50,7 @@ def test_sizes_and_costs_are_those_of_the_code(title, size, capsys):
     cost = re.search(r"cost +([\d.]+) GFLOP", capsys.readouterr().out)[1]
     assert [cell for name, cell in cells.items() if name.startswith("GFLOP")] == [cost]
     assert s["num_heads"] == (12 if title == "CAE v2" and size in ("vit_ti", "vit_s") else MODELS[size])
-    hidden = config_of(METHODS[title], f"--model {size}").num_masked
+    hidden = config_of(module, f"--model {size}").num_masked
     assert title != "CAE v2" or cells["hidden patches of 196"] == str(hidden)
 
 
