@@ -9,8 +9,7 @@ Why: were pixels the target, there would be nothing to learn at a patch that is 
 of a patch is not in its pixels: it says what the patch is in its image, a wing of this bird. To
 give it at a visible patch the encoder must understand the rest of the image from what is left, and
 the error reaches every visible token directly; that of a hidden one comes through another network,
-the regressor. So little needs to be hidden, and the smaller the model the less, since it guesses
-worse. `visible`, `masked` and `cls` in the log are the parts of the error.
+the regressor. So little needs to be hidden, and less for a small model, since it guesses worse.
 
   image ---------------------------- CLIP tower (frozen) ---- targets (B, 1+N, C) -----+
     |                                                                                  |
@@ -20,7 +19,7 @@ worse. `visible`, `masked` and `cls` in the log are the parts of the error.
                             visible tokens of z and at m
 
   loss = 1/(1+N) sum over all tokens t, class token, visible and masked, of (1 - cos(y_t, c_t))
-In the code: y `pred`, c `target`; --supervise visible or masked takes the mean over these alone.
+In the code: y `pred`, c `target`; `cls`, `visible`, `masked` in the log are the parts of the error.
 
 Dimension key: B batch, N patches, V visible, M masked (V + M = N), D encoder width, R regressor
 width, C teacher width, P patch side, S image side, h heads, d width of a head, T tokens.
@@ -35,19 +34,16 @@ patch_size 16, crop_min 0.4, color_jitter 0.4
 
 Sources: [code] the authors' code, [readme] their README, [T] a third party. Our decisions, where
 these are silent (those that all methods share: top of common.py):
-  [D1] ViT-L has no released script. Regressor of 4 blocks x 1024 with 16 heads (the released code
-       would build 12 heads of width 85); batch, schedule and augmentation as for ViT-B; mask 50 %
-       and lr 1.5e-3 as in PanDerm's ViT-L on CAE v2 [T].
+  [D1] ViT-L has no released script: a regressor of 4 x 1024 with 16 heads (the released code: 12
+       of width 85), mask 50 % and lr 1.5e-3 as PanDerm's ViT-L on CAE v2 [T], the rest as ViT-B.
   [D2] ViT-L's teacher is CLIP ViT-B/16, the only one in the released code; ViT-L/14 takes a flag.
   [D3] In bf16 runs the teacher's weights are cast to bf16 once (authors: fp16).
-  [D4] The ablation of supervision positions is not released: `visible` is the mean over class token
-       and visible patches, `masked` over masked patches.
+  [D4] The ablation (--supervise) is not released: mean over class token and visible, or masked.
   [D5] A teacher that averages patches (the demo's) has no class token: the pooled vector is taken.
   [D6] On a few small grids no block of the smallest area fits; after 1000 tries smaller ones may.
   [D7] For another grid open_clip resizes the teacher's position table, bicubic; authors: bilinear.
-  [D8] Colours are jittered on the device, after the crop and in fp32; authors: in the worker, on
-       the whole image, cut to 8 bits three times. Of 500 photographs the pixels differ by 1.5 of
-       255 on average, 1.4 of it by what those cuts take away (tests/test_cae_v2.py).
+  [D8] Colours are jittered on the device, after the crop, in fp32; authors: in the worker, on the
+       whole image, cut to 8 bits 3 times: 1.4 of a mean difference of 1.5 of 255 (500 photos).
 
 Commands (the same command again resumes; --out is runs/cae_v2_MODEL):
   python cae_v2.py --demo                                  built-in images and teacher, on a laptop
@@ -62,7 +58,6 @@ import os
 import random
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -79,19 +74,17 @@ from common import flag
 
 METHOD = "cae_v2"  # in files and in the name of the run's folder
 
-# 12 heads for ViT-Ti and ViT-S too, where timm has 3 and 6 [code].
 COLUMNS = ("embed_dim", "depth", "num_heads", "regressor_dim", "regressor_depth", "regressor_heads",
            "init_values")
 SIZES = {model: dict(zip(COLUMNS, row)) for model, row in {
-    "vit_ti": (192, 12, 12, 96, 1, 12, 0.1),  # [code]
-    "vit_s": (384, 12, 12, 384, 1, 12, 0.1),  # [code]
+    "vit_ti": (192, 12, 12, 96, 1, 12, 0.1),  # [code], and so are 12 heads, where timm has 3
+    "vit_s": (384, 12, 12, 384, 1, 12, 0.1),  # [code], where timm has 6
     "vit_b": (768, 12, 12, 768, 4, 12, 0.1),  # [code]
     "vit_l": (1024, 24, 16, 1024, 4, 16, 1e-5),  # [D1] [readme]
     "vit_demo": (128, 4, 4, 128, 1, 4, 0.1),  # ours, for 32-pixel images with patches of 4
 }.items()}
-# Defaults that follow another flag: small models hide little. Δ
-DEPENDS = dict(mask_ratio=("model", {"vit_ti": 30 / 196, "vit_s": 49 / 196, "vit_b": 98 / 196,
-                                     "vit_l": 98 / 196, "vit_demo": 0.5}))  # [code] [D1]
+DEPENDS = dict(mask_ratio=("model", dict(  # defaults by another flag: small models hide little Δ
+    vit_ti=30 / 196, vit_s=49 / 196, vit_b=98 / 196, vit_l=98 / 196, vit_demo=0.5)))  # [code] [D1]
 
 DEMO = dict(model="vit_demo", data="scenes", teacher="demo", img_size=32, patch_size=4, epochs=2,
             batch_size=64, lr=3e-3, warmup_epochs=0.1, drop_path=0.0, crop_min=0.8, workers=0,
@@ -121,35 +114,24 @@ class Config(common.RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        least = 1 if self.supervise == "masked" else 0
-        if not least <= self.num_masked < self.num_patches:
+        if not (self.supervise == "masked") <= self.num_masked < self.num_patches:
             raise ValueError(f"--mask_ratio {self.mask_ratio:g} must leave a patch visible, and "
                              "hide one for --supervise masked")
         if self.crop_min > 1 or self.drop_path >= 1:
             raise ValueError("--crop_min is at most 1 and --drop_path below 1")
 
-    @property
-    def grid(self):
-        return self.img_size // self.patch_size
-
-    @property
-    def num_masked(self):
-        return round(self.mask_ratio * self.num_patches)
-
-    @property
-    def peak_lr(self):  # absolute: not scaled with the batch [code]
-        return self.lr
+    grid = property(lambda self: self.img_size // self.patch_size)
+    num_masked = property(lambda self: round(self.mask_ratio * self.num_patches))
+    peak_lr = property(lambda self: self.lr)  # absolute: not scaled with the batch [code]
 
 
 # --------------------------------------------------------------------------------------------------
 # Corrupt: which patches are hidden, and the crop that student and teacher share
 def block_mask(grid, num_masked, rng):
     """One mask of rectangles with exactly `num_masked` hidden cells, as rows of 0 and 1. Δ
-
     BEiT's rule as the authors run it [code]: rectangles of random area and aspect are tried until
     the count is met; one that hides nothing new, or more than is left, is thrown away. `rng` is a
-    `random.Random`, so that each draw can be compared with theirs.
-    """
+    `random.Random`, so that each draw can be compared with theirs."""
     rows, columns = common.pair(grid)
     if not 0 <= num_masked < rows * columns or (num_masked and min(rows, columns) < 2):
         raise ValueError(f"{num_masked} hidden patches do not fit into {rows} x {columns} in "
@@ -173,9 +155,8 @@ def block_mask(grid, num_masked, rng):
 
 
 def block_masks(batch, grid, num_masked, generator=None):
-    """(batch, N) bool, True = hidden, exactly `num_masked` per row, in blocks (see `block_mask`),
-    each from a `random.Random` that the torch `generator` seeds.
-    Raises ValueError for a count outside 0..N-1."""
+    """(batch, N) bool, True = hidden, exactly `num_masked` per row: a `block_mask` each, drawn by a
+    `random.Random` that `generator` seeds. Raises ValueError for a count outside 0..N-1."""
     seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
     masks = [block_mask(grid, num_masked, random.Random(seed)) for seed in seeds]
     return torch.tensor(masks, dtype=torch.bool).flatten(1)  # (B, N)
@@ -196,8 +177,7 @@ def draw_colours(image, strength):
 
 def recolour(images, colours):
     """Images (B, 3, H, W) of 0..255 in float32 and colours (B, 3, 3) to images: three times each
-    becomes a * image + b * grey + c, cut at 0 and 255. torchvision does this to the whole image,
-    each time rounding down; this way it is done once, on the device [D8]."""
+    becomes a * image + b * grey + c, cut at 0 and 255; unlike in torchvision, not rounded [D8]."""
     for a, b, c in rearrange(colours, "b three abc -> three abc b 1 1 1"):
         images = torch.addcmul(b * TF.rgb_to_grayscale(images) + c, a, images).clamp_(0, 255)
     return images
@@ -209,12 +189,10 @@ class Augment:
     [code]; both images are one crop, resized to each size."""
 
     def __init__(self, config, teacher_size):
-        self.config = config
-        self.sizes = list(dict.fromkeys([config.img_size, teacher_size]))
+        self.config, self.sizes = config, list(dict.fromkeys([config.img_size, teacher_size]))
 
     def __call__(self, image, label):  # labels have no use here
-        config = self.config
-        colours = draw_colours(image, config.color_jitter)
+        config, colours = self.config, draw_colours(image, self.config.color_jitter)
         box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), ratio=(3 / 4, 4 / 3))
         crops = [TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC)
                  for size in self.sizes]
@@ -240,12 +218,9 @@ def inputs(batch, teacher, device):
 @torch.no_grad()
 def clip_targets(visual, images):
     """Images (B, 3, S, S), normalised for the tower, to its tokens (B, 1+N, C) in float32. Δ
-
     ln_post and the projection are applied to all tokens, class token first, then patches in raster
     order [code]; open_clip itself projects the pooled one only [D5]. The projection leads to the
-    space that images and captions share, so that a patch's vector says what would be written about
-    it. Nothing is normalised here.
-    """
+    space that images and captions share: a patch's vector says what would be written about it."""
     visual.output_tokens = True  # open_clip's switch for the patches beside the pooled token
     pooled, patches = visual(images.to(visual.conv1.weight.dtype))
     return torch.cat([pooled[:, None], patches @ visual.proj], dim=1).float()  # (B, 1+N, C)
@@ -254,8 +229,7 @@ def clip_targets(visual, images):
 def load_teacher(spec, img_size):
     """The image tower of an open_clip model, frozen, in eval mode, for images of `img_size` pixels.
     `spec` is NAME:TAG (published weights, from the cache or the network), NAME:FILE (open_clip's
-    .safetensors, .bin or .pt), or `demo`. The position table is resized [D7].
-    Raises ValueError or FileNotFoundError that says what to do."""
+    .safetensors, .bin or .pt), or `demo`. Raises ValueError or FileNotFoundError."""
     import open_clip  # here, not above: no other method needs it
     from huggingface_hub import constants, try_to_load_from_cache
     name, source, config = teacher_config(spec)
@@ -268,25 +242,23 @@ def load_teacher(spec, img_size):
                          "-quickgelu behind the name, or leave it out")
     page, _, file = published.get("hf_hub", "").rpartition("/")
     files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    # A path, None, or the mark of a file that the hub lacks; a file needs no network at all.
-    cached = [try_to_load_from_cache(page, file) for file in files if page]
-    cached = [path for path in cached if isinstance(path, str)]
+    found = [try_to_load_from_cache(page, file) for file in files if page]
+    cached = [path for path in found if isinstance(path, str)]  # not None, nor a mark of absence
     if page and not cached and os.environ.get("RANK", "0") == "0":  # its retries may take a minute
         print(f"fetching the teacher's weights from {constants.ENDPOINT}/{page}; without a network "
               f"download {files[0]} there and give --teacher {name}:FILE", flush=True)
-    source = [*cached, os.path.expanduser(source)][0]
+    source = [*cached, os.path.expanduser(source)][0]  # a file needs no network
     logging.disable()  # open_clip's own lines; what went wrong is said below
     try:
         visual = open_clip.create_model(name, source, require_pretrained=True,
-                                        force_image_size=common.pair(img_size)).visual
+                                        force_image_size=common.pair(img_size)).visual  # [D7]
         visual.preprocess_cfg |= {key: published[key] for key in ("mean", "std") if published}
         return visual.eval().requires_grad_(False)
     except Exception as error:  # open_clip, torch, the hub and safetensors have a dozen types
         why = " ".join(str(error).split())[:200]
         if "TorchScript" in why:
-            why = ("OpenAI's archive, convert it once: python -c \"import torch; s = torch.jit."
-                   "load('ViT-B-16.pt', 'cpu').state_dict(); [s.pop(k) for k in ('context_length',"
-                   " 'input_resolution', 'vocab_size')]; torch.save(s, 'vit.pt')\"")
+            why = ("OpenAI's archive: torch.save its torch.jit.load(FILE, 'cpu').state_dict() less "
+                   "context_length, input_resolution and vocab_size, and give that")
         elif os.path.isfile(source):
             common.read_checkpoint(source)  # says it better where the file itself is bad
         if "visual.trunk" in str(error):
@@ -299,21 +271,17 @@ def load_teacher(spec, img_size):
 def teacher_config(spec):
     """open_clip's name, the tag or file, and the model's configuration of a `--teacher` value."""
     import open_clip
-    demo = Path(__file__).parent / "demo" / "tiny_clip.json"
-    if demo.exists():
-        open_clip.add_model_config(demo)
-    elif spec == "demo":
+    demo = os.path.join(os.path.dirname(__file__), "demo", "tiny_clip")
+    open_clip.add_model_config(f"{demo}.json")  # if there is one
+    if spec == "demo" and not os.path.exists(f"{demo}.json"):
         raise FileNotFoundError("--teacher demo needs the folder demo/ beside cae_v2.py: copy it")
-    spec = f"tiny_clip:{demo.with_suffix('.safetensors')}" if spec == "demo" else spec
-    name, _, source = spec.partition(":")
-    # A model on the hub brings layers of its own: whether its tower fits cannot be known.
-    config = open_clip.get_model_config(name) if name != "hf-hub" else None
+    name, _, source = (f"tiny_clip:{demo}.safetensors" if spec == "demo" else spec).partition(":")
+    config = open_clip.get_model_config(name)  # None for hf-hub: a model there may have own layers
     if not source or config is None:
         raise ValueError(f"--teacher {spec} should read NAME:TAG or NAME:FILE, NAME of open_clip."
                          "list_models(), not hf-hub, such as ViT-B-16-quickgelu:openai, or `demo`")
+    # In CLIPA and CoCa patch tokens never pass the last norm; timm's towers and ResNets are others.
     vision = config["vision_cfg"]
-    # CLIPA and CoCa pool before their last norm, so that their patch tokens never pass it; towers
-    # of timm (SigLIP, BiomedCLIP, ...) and ResNets have other layers.
     if not vision.get("patch_size") or {"final_ln_after_pool", "attentional_pool"} & set(vision):
         raise ValueError(f"the image tower of {name} is not open_clip's own ViT, with a last norm "
                          "for every token: choose a ViT-... of OpenAI, LAION, DataComp or DFN")
@@ -348,18 +316,14 @@ class CrossAttention(nn.Module):
 
 class RegressorBlock(nn.Module):
     """Mask queries look at the visible tokens and at themselves. Δ
-
     Only the queries are changed: the encoder's tokens pass all blocks as they are, so that the
     encoder has to understand the image and the regressor only to guess the rest. Queries and keys
-    carry positions, values do not; each of the three has its own LayerNorm [code].
-    """
+    carry positions, values do not; each of the three has its own LayerNorm [code]."""
 
     def __init__(self, dim, num_heads, init_values, drop_path):
         super().__init__()
-        self.norm_q = nn.LayerNorm(dim, eps=1e-6)
-        self.norm_k = nn.LayerNorm(dim, eps=1e-6)
-        self.norm_v = nn.LayerNorm(dim, eps=1e-6)
-        self.norm_2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_q, self.norm_k, self.norm_v, self.norm_2 = (
+            nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
         self.attn = CrossAttention(dim, num_heads)
         self.mlp = common.Mlp(dim, 4 * dim)
         scale = (lambda: common.LayerScale(dim, init_values)) if init_values else nn.Identity
@@ -399,14 +363,12 @@ class CAEv2(nn.Module):
         positions = common.sincos_2d(R, grid, first="row")[None]  # (1, N, R)
         self.positions = nn.Parameter(positions.to(self.mask_token), requires_grad=False)
         rates = torch.linspace(0, drop_path_rate, regressor_depth, device="cpu").tolist()
-        self.regressor = nn.ModuleList(
-            RegressorBlock(R, regressor_heads, 0.1 if init_values else None, rate)
-            for rate in rates)
+        self.regressor = nn.ModuleList(RegressorBlock(
+            R, regressor_heads, 0.1 if init_values else None, rate) for rate in rates)
         self.head_norm = nn.LayerNorm(R, eps=1e-6)
         self.head = nn.Linear(R, target_dim)
-        # The authors' outer class overrides the depth-scaled initialisation of BEiT that its parts
-        # start with. What stays [code]: Linear Xavier-uniform with zero bias (a fused qkv as one
-        # matrix); convolution and tokens a normal of std 0.02 cut at one sigma; LayerNorm 1 and 0.
+        # The authors' outer class overrides BEiT's start [code]: Linear Xavier-uniform, bias 0 (qkv
+        # as one); convolution and tokens a normal of std 0.02 cut at one sigma; norms 1 and 0.
         common.xavier_init(self)
         patch = self.encoder.patch_embed.proj
         for tensor in (patch.weight, self.encoder.cls_token, self.mask_token):
@@ -418,11 +380,8 @@ class CAEv2(nn.Module):
         """The pred of all supervised tokens, {"cls": (B, 1, C), "visible": (B, V, C), "masked":
         (B, M, C)}: one LayerNorm and one linear layer for all of them."""
         z = self.adapter(self.encoder(images, ids_keep=ids_keep))  # (B, 1+V, R)
-        tokens = {}
-        # What the encoder saw is supervised too: the gradient of these tokens goes straight to the
-        # encoder, through no other network than the head. Δ
-        if supervise != "masked":
-            tokens.update(cls=z[:, :1], visible=z[:, 1:])
+        # What the encoder saw is supervised too: that gradient passes no network but the head. Δ
+        tokens = {} if supervise == "masked" else dict(cls=z[:, :1], visible=z[:, 1:])
         # A hidden patch starts as the same token everywhere, known by its position alone, and in
         # each block of the regressor it reads what the encoder made of the visible ones, and what
         # the other hidden ones have become. Without the class token [code].
@@ -446,11 +405,9 @@ class CAEv2(nn.Module):
         ids_keep, ids_masked = common.mask_to_ids(mask, images.device)  # (B, V), (B, M)
         if supervise == "masked" and ids_masked.shape[1] == 0:
             raise ValueError("supervise='masked' needs hidden patches, but the mask hides none")
-        wanted = (len(images), 1 + mask.shape[1], self.head.out_features)
-        if targets.shape != wanted:
+        if targets.shape != (wanted := (len(images), 1 + mask.shape[1], self.head.out_features)):
             raise ValueError(f"targets of shape {tuple(targets.shape)} were given, not {wanted}")
-        # The target of a token is the teacher's token of the same place, which saw the whole image,
-        # the hidden patches too.
+        # A token's target is the teacher's of the same place, which saw the hidden patches too.
         target = dict(cls=targets[:, :1], visible=common.gather(targets[:, 1:], ids_keep),
                       masked=common.gather(targets[:, 1:], ids_masked))
         pred = self.predict(images, ids_keep, ids_masked, supervise)
@@ -490,10 +447,8 @@ def example(config):
 # Loss
 def cosine_distance(pred, target):
     """1 - cosine of pred and target, both (B, T, C), as (B, T), in fp32 (float64 stays). Δ
-
     The loss is the flat mean over class, visible and masked tokens [code]: with M of N patches
-    hidden, the masked ones weigh M / (1+N), 15 % for ViT-Ti. It is no sum of two means.
-    """
+    hidden, the masked ones weigh M / (1+N), 15 % for ViT-Ti. It is no sum of two means."""
     dtype = torch.promote_types(pred.dtype, torch.float32)
     return 1 - F.cosine_similarity(pred.to(dtype), target.to(dtype), dim=-1)
 
@@ -513,9 +468,8 @@ def preview(path, config, model, teacher, batch, device):
         errors = cosine_distance(pred[name], common.gather(targets, ids[name]))
         cosines.scatter_(1, ids[name], (1 - errors).clamp(min=0).nan_to_num())
     images = common.unnormalise(student)  # (B, 3, S, S)
-    hidden = rearrange(mask.to(device).float(), "b (h w) -> b 1 h w", h=h)
-    seen = images.where(F.interpolate(hidden, size=images.shape[-2:]) == 0, 0.5)  # (B, 3, S, S)
-    cosines = rearrange(cosines, "b (h w) -> b h w", h=h)
+    hidden, cosines = (rearrange(x, "b (h w) -> b h w", h=h) for x in (mask.to(images), cosines))
+    seen = images.where(F.interpolate(hidden[:, None], images.shape[-2:]) == 0, 0.5)  # (B, 3, S, S)
     maps = [common.colour_map(x).where(x >= 0, 0.5) for x in cosines]
     common.save_panels(path, list(zip(images, seen, maps)),
                        ["image", "visible patches", "pred vs teacher"],

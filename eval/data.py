@@ -13,8 +13,7 @@ LISTS = ("LOC_val_solution.csv", "val.txt")  # as ImageNet's labels of the valid
 
 
 def find_train_and_val(spec, img_size):
-    """(training, validation images) of `find_labelled`, and a line that says what they are. Raises
-    ValueError for classes that differ."""
+    """(training, validation images) of `find_labelled`, of the same classes, and a line that tells them."""
     train, val = (find_labelled(spec, split, img_size) for split in ("train", "val"))
     check_classes(train, val)
     return train, val, (f"{len(train):,} images of {len(train.classes)} classes in {train.name}, "
@@ -24,9 +23,8 @@ def find_train_and_val(spec, img_size):
 def find_labelled(spec, split, img_size, classes=()):
     """The images that `--data SPEC` names, as a `common.Images` with labels; split is "train" or "val".
     SPEC is `scenes`, `cifar10`, or a folder of ImageNet's layout: train/, and val/, valid/, validation/ or
-    test/, with a folder per class; the validation images may also be in one folder (`listed_classes`, which
-    `classes` is for). A label is the place of the class among the sorted names. Raises FileNotFoundError or
-    ValueError."""
+    test/, with a folder per class; validation images may also be in one folder (`listed_classes`, which
+    `classes` is for). A label is the place of the class among the sorted names. May raise ValueError."""
     images = common.find_data(spec, split, img_size)
     if images.labels is not None:
         return images
@@ -84,8 +82,8 @@ def read_list(path, stems):
     for number, line in enumerate(read_text(path).splitlines(), 1):
         separator = next((sign for sign in "\t;," if sign in line), " ")
         words = [word for row in csv.reader([line.strip()], delimiter=separator) for word in row]
-        files = [Path(separator.join(words[:count]).strip().replace("\\", "/"))
-                 for count in range(1, len(words))]
+        files = [Path(separator.join(words[:end]).strip().replace("\\", "/"))
+                 for end in range(1, len(words))]
         count = next((count for count, file in enumerate(files, 1) if {file.name, file.stem} & stems), 1)
         if not any(words):
             continue

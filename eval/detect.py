@@ -26,8 +26,7 @@ FPN and 12 epochs: do not compare the numbers). Where [F] is silent, we decided:
   [D6] bf16 in encoder and pyramid alone: boxes coded in it could not tell pixel 1001 from pixel 1003.
   [D7] Anchors and proposals are drawn by the seed of the micro batch, so a stop changes nothing (but a GPU
        adds up RoIAlign's gradient in no fixed order). The mask loss is a mean over a micro batch's objects.
-Dimension key: B batch, S input side, P patch side, N patches, D width, C channels, n objects, h x w map.
-"""
+Dimension key: B batch, S input side, P patch side, N patches, D width, C channels, n objects, h x w map."""
 
 import collections
 import contextlib
@@ -65,20 +64,19 @@ if not __package__:  # started by its file name, Python does not find common.py
     raise SystemExit("error: start it in the folder of common.py as `python -m eval.detect`")
 import common
 from common import flag
-from eval.protocol import (MEAN_COLOUR, EvalConfig, Readable, append_result, check_classes, fit,
-                           layer_groups, look_through, normalise, open_checkpoint, open_run, random_encoder,
-                           read_annotated, set_drop_path, share_loader)
+from eval.protocol import (
+    MEAN_COLOUR, EvalConfig, append_result, check_classes, fit, layer_groups, look_through, normalise,
+    open_checkpoint, open_run, random_encoder, read_annotated, set_drop_path, share_loader)
 
 BICUBIC, NEAREST = TF.InterpolationMode.BICUBIC, TF.InterpolationMode.NEAREST
-DEMO = dict(data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32,
-            batch_size=8, epochs=5, lr=1e-3, warmup_epochs=0.5, drop_path=0.0, scale_min=0.8,
-            scale_max=1.25, workers=0)
+DEMO = dict(
+    data="runs/coco_scenes", img_size=64, window=8, global_blocks=2, channels=32, rois=32, batch_size=8,
+    epochs=5, lr=1e-3, warmup_epochs=0.5, drop_path=0.0, scale_min=0.8, scale_max=1.25, workers=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig, common.TrainConfig):
     """The whole command line; flags that are not here come from these two classes."""
-
     data: str = flag("data/coco", "folder in COCO's layout")
     random_init: bool = flag(False, "random weights in the same encoder: the baseline")
     eval_only: bool = flag(False, "measure the detector of the run --checkpoint, under its own recipe")
@@ -107,7 +105,7 @@ class Config(EvalConfig, common.TrainConfig):
 
 
 def coco_tools():
-    """(COCO, COCOeval, mask functions) of pycocotools; imported here, as nothing else needs them."""
+    """(COCO, COCOeval, mask functions) of pycocotools, which nothing else needs."""
     try:
         from pycocotools import coco, cocoeval, mask
     except ImportError as error:
@@ -116,7 +114,6 @@ def coco_tools():
 
 
 # ---- data ------------------------------------------------------------------------------------------------
-
 def decode_mask(code, height, width):
     """COCO's polygons, or run lengths plain or compressed, as (h, w) uint8 of 0 and 1."""
     mask = coco_tools()[2]
@@ -223,8 +220,7 @@ class CocoImages(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.ends) - 1
 
-    def fingerprint(self):
-        """As of `common.Images`: of the entries of all images."""
+    def fingerprint(self):  # as of `common.Images`: of the entries of all images
         return hashlib.blake2b(self.records.numpy(), digest_size=16).hexdigest()
 
     def __getitem__(self, index):
@@ -281,10 +277,9 @@ def collate(samples):
 
 
 # ---- model -----------------------------------------------------------------------------------------------
-
 def windowed(block, x, grid, window):
     """A ViT block on the tokens x (B, N, D) of a `grid` with attention inside windows of window^2 patches.
-    Drop path, applied outside the windows, still drops whole samples. One window is the block itself."""
+    Drop path, applied outside the windows, still drops whole samples."""
     h, w = (side // window for side in grid)
     tiles = rearrange(block.norm1(x), "b (h p w q) d -> (b h w) (p q) d", h=h, w=w, p=window, q=window)
     seen = rearrange(block.attn(tiles), "(b h w) (p q) d -> b (h p w q) d", h=h, w=w, p=window)  # (B, N, D)
@@ -384,7 +379,6 @@ class Detector(MaskRCNN):
 
 
 # ---- test ------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def detect(model, images, indices, config, dist):
     """Yields (target, what was detected, on the CPU) for this process's share of the images `indices`."""
@@ -421,8 +415,7 @@ def coco_ap(truth, results):
         found = coco.loadRes(results)
         for kind in ("bbox", "segm"):
             evaluation = COCOeval(coco, found, kind)
-            for stage in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
-                stage()
+            evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
             values += [100 * float(value) for value in evaluation.stats[:3]]
     return dict(zip(names, values))
 
@@ -477,7 +470,6 @@ def report(config, model, val, dist, path, started, step, **facts):
 
 
 # ---- train -----------------------------------------------------------------------------------------------
-
 def learning_rate(step, peak, warmup_steps, total_steps):
     """Linear from 0 to `peak`, a tenth of it after 8/9 and a hundredth after 26/27 of the run [F]."""
     if step < warmup_steps:
@@ -511,7 +503,7 @@ def train(config, run, dist, started):
     optimizer = torch.optim.AdamW(groups, config.lr, fused=True)
     samples = common.Samples(images, functools.partial(jitter, config), config.seed)
     if not run.start:  # raises now, not after days
-        look_through(Readable(val), "test images", config, dist)
+        look_through(val, "test images", config, dist)
     run.begin(dist, plan, samples, model, optimizer, collate)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
 

@@ -19,8 +19,7 @@ size it is resized, but the 1-D sinusoid of Beyond Masking is computed again: it
 more than a full period per row of patches, so interpolation makes no sense there.
 A missing part is an error, and so is one that ViT does not have: the features would be plausible and wrong.
 Only what is known to be no part of an encoder (`OTHERS`) is ignored, and said.
-Dimension key: D width, P x Q size of a patch, N patches, h x w grid of patches; N', h', w' after a resize.
-"""
+Dimension key: D width, P x Q size of a patch, N patches, h x w grid of them; N', h', w' after a resize."""
 
 import argparse
 import json
@@ -62,8 +61,7 @@ def load_encoder(path, own_norm=False, key="", **override):
     class token's row); `in_chans=3` makes an encoder of grey images accept RGB; `num_heads`, `norm_eps`,
     `mean` and `std`, which no weight shows, and `drop_path_rate` are free; others must agree with the file.
     A fine-tuned file without the final norm is taken with `own_norm` only, for callers that do not use it.
-    `vit.assumed` lists what nobody said. Prints what was loaded and ignored. Raises FileNotFoundError or
-    ValueError."""
+    `vit.assumed` lists what nobody said. Prints what was loaded. Raises FileNotFoundError or ValueError."""
     path = find_file(path)
     state, outside, known, _ = read_state(path, key)
     try:
@@ -197,7 +195,6 @@ def beside(path, dim):
 
 
 # ---- formats -------------------------------------------------------------------------------------
-
 # Parts of others' names and ours for them, replaced in this order.
 MMPRETRAIN = (("backbone.ln1.", "norm."), ("backbone.ln2.", "fc_norm."), ("backbone.layers.", "blocks."),
               ("backbone.", ""), ("patch_embed.projection.", "patch_embed.proj."), (".ln1.", ".norm1."),
@@ -291,8 +288,7 @@ def assumed_heads(form, dim):
     if dim in (1152, 1280, 1408, 1536, 1664):
         return 16  # SigLIP so400m, ViT-H, ViT-g, SigLIP giantopt, ViT-G
     if dim % 64 or dim > 1024:
-        raise ValueError(f"the number of heads cannot be inferred from a width of {dim}: give num_heads= "
-                         "(--num_heads)")
+        raise ValueError(f"heads cannot be inferred from a width of {dim}: give num_heads= (--num_heads)")
     return dim // 64
 
 
@@ -355,7 +351,6 @@ def report(path, form, vit, grid, ignored):
 
 
 # ---- for other projects --------------------------------------------------------------------------
-
 def export(vit, path, form="timm", **info):
     """Writes a `common.ViT` for other projects. "timm": a safetensors file with the keys of timm's
     VisionTransformer (num_classes=0), like a run's encoder.safetensors; `info` is added to its metadata.
@@ -413,9 +408,9 @@ def main(argv=None):
     if given.form == "timm" and not given.out.endswith(".safetensors"):
         raise ValueError(f"{given.out} should end in .safetensors")
     path = find_file(given.file)
-    flags = dict(num_heads=given.num_heads, img_size=given.img_size)
+    flags = {name: size for name in ("num_heads", "img_size") if (size := getattr(given, name))}
     method = read_state(path, given.key)[-1]
-    vit = load_encoder(path, key=given.key, **{name: size for name, size in flags.items() if size})
+    vit = load_encoder(path, key=given.key, **flags)
     export(vit, given.out, given.form, **({"method": method} if method else {}))
     print(f"wrote    {given.out}")
 

@@ -13,8 +13,7 @@ file that cannot be read is told and listed there, and its rows are NaN:
 
     with safetensors.safe_open("photos.safetensors", "pt") as file:
         features, about = file.get_tensor("features"), json.loads(file.metadata()["about"])
-Dimension key: B batch, n images, N patches, D width.
-"""
+Dimension key: B batch, n images, N patches, D width."""
 
 import dataclasses
 import json
@@ -41,7 +40,6 @@ LIMIT, NAMES_LIMIT = 16 * 2**30, 90e6  # bytes; the header of a .safetensors fil
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig):
     """The whole command line."""
-
     out: str = flag("", "the file to write, .safetensors")
     tokens: typing.Literal["mean", "cls", "patches", "all"] = flag("mean", "which tokens")
     layers: str = flag("", "blocks, as in 5,-1 (default: the encoder's output, after its final norm)")
@@ -66,9 +64,8 @@ def feature_shape(config, vit):
 def extract(vit, images, layers, config, dist):
     """{name: features (n, *feature_shape) float32, on the CPU} of all images, in the main process; NaN is
     the row of an image that cannot be read."""
-    share = len(range(dist.rank, len(images), dist.world))
+    share, first, N = len(range(dist.rank, len(images), dist.world)), 0, math.prod(vit.grid)
     features = {name: torch.empty(share, *feature_shape(config, vit)) for name in layers}
-    first, N = 0, math.prod(vit.grid)
     for batch, labels in centre_batches(vit, images, config.batch_size, config, dist, skip_bad=True):
         with common.autocast(dist.device, config.precision):
             outputs = vit.layers(batch, list(layers.values())) if config.layers else [vit(batch)]

@@ -26,8 +26,7 @@ Sources: [C] Atten4Vis/CAE, [M] mmpretrain's MFF, [F] MFM's author's fork, [E] f
        nothing else changes with the number of processes and --micro_batch.
   [D7] No gradient clipping and no EMA, as in all sources; with --ema the average is tested.
   [D8] A fraction is drawn within each class, from the seed, at least one image.
-Dimension key: B batch, N patches, T tokens (N or 1+N), D width, K classes, H heads of width d, h x w grid.
-"""
+Dimension key: B batch, N patches, T tokens (N or 1+N), D width, K classes, H heads d wide, grid h x w."""
 
 import dataclasses
 import json
@@ -48,13 +47,12 @@ import common
 from common import flag
 from eval.data import find_labelled, find_train_and_val
 from eval.encoders import read_state
-from eval.protocol import (MEAN_COLOUR, CentreViews, EvalConfig, Readable, append_result, centre_view,
-                           check_classes, check_finite, check_pool, fit, layer_groups, look_through,
-                           normalise, only_main_prints, open_checkpoint, open_run, random_encoder,
-                           set_drop_path, sha256, share_loader)
+from eval.protocol import (
+    MEAN_COLOUR, CentreViews, EvalConfig, append_result, centre_view, check_classes, check_finite,
+    check_pool, fit, layer_groups, look_through, normalise, only_main_prints, open_checkpoint, open_run,
+    random_encoder, set_drop_path, sha256, share_loader)
 
 # ---- recipes: `lr` is absolute, `base_lr` is per 256 images --------------------------------------
-
 SHARED = dict(batch_size=1024, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05, drop_path=0.1, mixup=0.8,
               cutmix=1.0, smoothing=0.1, randaugment=9, erasing=0.25, crop_min=0.08, pool="mean",
               fc_norm="fresh", rel_pos_bias="off", positions="learned")
@@ -79,7 +77,6 @@ WIDTHS = dict(vit_ti=192, vit_s=384, vit_b=768, vit_l=1024, vit_h=1280)
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig, common.TrainConfig):
     """The whole command line; -1 and `recipe` stand for the recipe's value."""
-
     recipe: typing.Literal[("auto", *RECIPES)] = flag("auto", "whose; auto: as the checkpoint says")
     fraction: float = flag(1.0, "share of the training images of each class [D8]", positive=True)
     random_init: bool = flag(False, "random weights in an encoder of that shape: the baseline")
@@ -135,7 +132,6 @@ def with_recipe(config, path, vit):
 
 
 # ---- model ---------------------------------------------------------------------------------------
-
 class Classifier(nn.Module):
     """An encoder with a linear classifier: images (B, C, H, W) to logits (B, K).
     `pool="mean"`: mean of the last block's patch tokens, then `fc_norm`, which starts as a copy of the
@@ -229,7 +225,6 @@ def load_classifier(path):
 
 
 # ---- data and tests ------------------------------------------------------------------------------
-
 class Augment:
     """A training sample: a uint8 image to a normalised float32 one of the encoder's size, and its label.
     Erasing writes N(0, 1) per pixel and channel [T], so images are normalised here already."""
@@ -241,8 +236,7 @@ class Augment:
         if config.randaugment:  # 11 steps from none to the largest strength: timm's scale [D5]
             operation = v2.RandAugment(1, config.randaugment, 11, interpolation=bilinear, fill=MEAN_COLOUR)
             steps += [v2.RandomApply([operation], p=0.5)] * 2
-        steps += [v2.ToDtype(torch.float32, scale=True),
-                  v2.Normalize(mean, std, inplace=True),
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std, inplace=True),
                   v2.RandomErasing(config.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")]
         self.steps = v2.Compose(steps)
 
@@ -268,7 +262,7 @@ def low_shot(images, config):
         order = torch.randperm(len(members), generator=generator)
         ids += members[order[: max(1, round(config.fraction * len(members)))]].tolist()
     ids.sort()
-    source = images.pixels[ids] if images.pixels is not None else images.files[ids]
+    source = images.files[ids] if images.pixels is None else images.pixels[ids]
     return common.Images(source, images.labels[ids], images.classes, images.name)
 
 
@@ -298,16 +292,14 @@ def measured(folder):
 
 
 # ---- train, main ---------------------------------------------------------------------------------
-
 def preview(path, samples, mix, vit):
     """Draws a few training images as rows: centre view | augmented | augmented and mixed."""
-    view, statistics = lambda image, label: (centre_view(image, vit.img_size), label), vit.config
-    plain = common.Samples(samples.images, view, seed=0)
+    plain = common.Samples(samples.images, lambda image, _: (centre_view(image, vit.img_size), 0), seed=0)
     views, (images, labels) = common.preview_batch(plain)[0] / 255, common.preview_batch(samples)
     torch.manual_seed(0)
-    rows = zip(views, *(common.unnormalise(batch, statistics["mean"], statistics["std"])
-                        for batch in (images, mix(images, labels)[0])))
-    common.save_panels(path, list(rows), ["centre view", "augmented", "and mixed"],
+    augmented = (common.unnormalise(batch, vit.config["mean"], vit.config["std"])
+                 for batch in (images, mix(images, labels)[0]))
+    common.save_panels(path, list(zip(views, *augmented)), ["centre view", "augmented", "and mixed"],
                        "1st: as in tests.  3rd: as in training.")
 
 
@@ -315,12 +307,11 @@ def train(config, run, dist, vit, digest):
     """Fine-tuning with tests after each epoch. Returns the facts of the result line, at the end."""
     images, val, sets = find_train_and_val(config.data, vit.img_size[0])
     if not run.start:  # a bad test image is told before the training
-        look_through(Readable(val), "reading", config, dist)
+        look_through(val, "reading", config, dist)
     images = low_shot(images, config)
     plan = common.make_plan(len(images), config.batch_size, config.micro_batch, config.epochs, dist.world)
     augment = Augment(config, vit.img_size, vit.config["mean"], vit.config["std"])
-    samples = common.Samples(images, augment, config.seed)
-    mix = make_mix(config, len(val.classes))
+    samples, mix = common.Samples(images, augment, config.seed), make_mix(config, len(val.classes))
     criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     model = build(config, vit, len(val.classes)).to(dist.device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
@@ -358,9 +349,9 @@ def train(config, run, dist, vit, digest):
             test(tested, val, step, plan, config, run, dist)
     last = measured(run.folder).get(plan.total_steps)
     return last and dict(
-        accuracy=last["accuracy"], top5=last["top5"], train=images.name, val=val.name,
+        accuracy=last["accuracy"], top5=last["top5"], train=images.name, val=val.name, world=dist.world,
         train_images=len(images), val_images=len(val), classes=len(val.classes), steps=plan.total_steps,
-        world=dist.world, micro_batch=plan.micro_batch, encoder_sha256=digest)
+        micro_batch=plan.micro_batch, encoder_sha256=digest)
 
 
 def test(model, val, step, plan, config, run, dist):
@@ -381,9 +372,9 @@ def eval_only(config, dist, started):
     check_classes(common.Images([], classes=classes, name=f"the classifier {path}"), val)
     result = evaluate(model.to(dist.device), val, config.micro_batch or 256, config, dist)
     if dist.is_main:
-        append_result("finetune", path, model.encoder, config, started, **result, step=state["step"],
-                      trained_as=state["config"], val=val.name, val_images=len(val),
-                      device=str(dist.device))
+        append_result(
+            "finetune", path, model.encoder, config, started, **result, step=state["step"], val=val.name,
+            val_images=len(val), trained_as=state["config"], device=str(dist.device))
         print(f"fine-tuned classifier: {result['accuracy']:.2f} %, top 5 {result['top5']:.2f} % of "
               f"{len(val):,} images in {val.name}")
 

@@ -15,8 +15,7 @@ below the highest that the grid can hold (6/7 pi for g = 14).
 
 Result, beside the checkpoint: frequency.json (a curve for the patch embedding with positions and for each
 block; also with random weights), frequency.png where matplotlib is installed, a JSON line in eval.jsonl.
-Dimension key: B batch, N patches, D width, L blocks, g side of the grid, f = ceil(g/2) frequencies.
-"""
+Dimension key: B batch, N patches, D width, L blocks, g side of the grid, f = ceil(g/2) frequencies."""
 
 import dataclasses
 import json
@@ -36,7 +35,6 @@ from eval.protocol import EvalConfig, append_result, centre_batches, open_checkp
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig):
     """The whole command line."""
-
     images: int = flag(1000, "how many test images, evenly picked from all", positive=True)
 
 

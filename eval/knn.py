@@ -8,8 +8,7 @@ token (`--pool`) after the final norm, scaled to length 1. The k training images
 similarity (not approximated) vote for their classes with weight exp(similarity / 0.07); k is 10 to 200.
 Each process tests its share of the images against all training images, whose features it holds in memory
 (ImageNet, width 768: 4 GB). Another number of processes changes a result only where rounding breaks a tie.
-Dimension key: B images at once, k neighbours, D width, K classes, n images.
-"""
+Dimension key: B images at once, k neighbours, D width, K classes, n images."""
 
 import dataclasses
 import time
@@ -33,7 +32,6 @@ BLOCK = 128  # test images at once: their similarities to all of ImageNet take 0
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig):
     """The whole command line."""
-
     pool: typing.Literal["mean", "cls"] = flag("mean", "mean of the patch tokens, or class token")
     random_init: bool = flag(False, "a random encoder of the same shape: the baseline")
 
@@ -80,11 +78,11 @@ def main(argv=None):
         common.say(f"data     {sets}")
         percent = knn(encoder, train, val, config, dist)
         if dist.is_main:
-            append_result("knn", checkpoint, vit, config, started, data=config.data, train=train.name,
-                          val=val.name, train_images=len(train), val_images=len(val), pool=config.pool,
-                          classes=len(val.classes), weights=weights, temperature=TEMPERATURE,
-                          accuracy={str(k): value for k, value in percent.items()},
-                          features="cached features, no augmentation", device=str(dist.device))
+            append_result(
+                "knn", checkpoint, vit, config, started, data=config.data, train=train.name, val=val.name,
+                train_images=len(train), val_images=len(val), classes=len(val.classes), pool=config.pool,
+                weights=weights, temperature=TEMPERATURE, accuracy=percent, device=str(dist.device),
+                features="cached features, no augmentation")
             each = ", ".join(f"{value:.1f} % with {k}" for k, value in percent.items())
             print(f"kNN, {weights}: {each} neighbours")
 

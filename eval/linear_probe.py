@@ -28,8 +28,7 @@ Our decisions, where the sources are silent:
        projection, and the recipe above. It keeps a step's tokens: 10 GB for ViT-B and 16384 images.
   [D5] One test, where training ends: no epoch is chosen by looking at the validation images.
 Dimension key: B global batch, A micro batches of m images in each of R processes, N patches, D width,
-H heads, d = D / H, K classes, n images, h x w size of an image.
-"""
+H heads, d = D / H, K classes, n images, h x w size of an image."""
 
 import dataclasses
 import math
@@ -47,16 +46,15 @@ if not __package__:  # started by its file name, Python does not find common.py
 import common
 from common import flag
 from eval.data import find_train_and_val
-from eval.protocol import (EvalConfig, Readable, all_gather, append_result, check_finite, check_pool,
-                           frozen_tokens, look_through, normalise, only_main_prints, open_checkpoint,
-                           pool_tokens, random_encoder, sha256)
+from eval.protocol import (
+    EvalConfig, all_gather, append_result, check_finite, check_pool, frozen_tokens, look_through, normalise,
+    only_main_prints, open_checkpoint, pool_tokens, random_encoder, sha256)
 from eval.ridge import RIDGE, ridge_probe
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig, common.TrainConfig):
     """The whole command line."""
-
     protocol: typing.Literal["lars", "ridge"] = flag("lars", "the papers', or the fast one in closed form")
     pool: typing.Literal["auto", "cls", "mean"] = flag(
         "auto", "class token or mean of the patch tokens; auto: lars class token [code], ridge mean")
@@ -96,8 +94,8 @@ class CropAndFlip:
         self.size = list(size)
 
     def __call__(self, image, label):
-        view = TF.resized_crop(image, *random_box(*image.shape[1:]), self.size,
-                               TF.InterpolationMode.BICUBIC, antialias=True)
+        box = random_box(*image.shape[1:])
+        view = TF.resized_crop(image, *box, self.size, TF.InterpolationMode.BICUBIC, antialias=True)
         return (TF.horizontal_flip(view) if torch.rand(()) < 0.5 else view), label
 
 
@@ -106,8 +104,7 @@ def random_box(height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     are uniform. One draw: where torchvision would draw again, a side that is too long is cut [code]."""
     area = height * width * torch.empty(1).uniform_(*scale).item()
     aspect = math.exp(torch.empty(1).uniform_(math.log(ratio[0]), math.log(ratio[1])).item())
-    w = min(round(math.sqrt(area * aspect)), width)
-    h = min(round(math.sqrt(area / aspect)), height)
+    w, h = min(round(math.sqrt(area * aspect)), width), min(round(math.sqrt(area / aspect)), height)
     top, left = (torch.randint(0, space + 1, (1,)).item() for space in (height - h, width - w))
     return top, left, h, w
 
@@ -164,8 +161,7 @@ class Lars(torch.optim.Optimizer):
     """LARS [code]: SGD with momentum, in which a matrix's gradient is scaled to its own length,
 
         g <- g * trust |p| / |g|    for matrices, where neither length is zero; vectors keep theirs
-        m <- momentum m + g
-        p <- p - lr m
+        m <- momentum m + g,        p <- p - lr m
 
     The |g| + weight decay |p| of the paper's formula is |g| here: the probe has no weight decay."""
 
@@ -192,15 +188,12 @@ def train(config, vit, pool, probes, images, run, dist, digest):
     peaks = [rate * plan.batch_size / 256 for rate in config.base_rates]
     names = [f"loss_{rate:g}" for rate in config.base_rates] if config.sweep else ["loss"]
     optimizer = Lars([dict(params=probe.parameters()) for probe in probes], lr=0.0)
-    if dist.is_main:
-        lr = ", ".join(f"{rate:g} x {plan.batch_size} / 256 = {peak:g}"
-                       for rate, peak in zip(config.base_rates, peaks))
-        print(f"probe    {'random' if config.random_init else 'pre-trained'} encoder, pool {pool}\n"
-              f"lr       {lr}\n"
-              f"batch    {plan.batch_size} = {dist.world} processes x {plan.accumulation} micro batches x "
-              f"{plan.micro_batch} images\n"
-              f"steps    {plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}\n"
-              f"files    {run.folder}/: config.json, log.jsonl, last.pt", flush=True)
+    lr = ", ".join(f"{rate:g} x {plan.batch_size} / 256 = {peak:g}"
+                   for rate, peak in zip(config.base_rates, peaks))
+    print(f"probe    {'random' if config.random_init else 'pre-trained'} encoder, pool {pool}\n"
+          f"lr       {lr}\nbatch    {plan.batch_size} = {dist.world} processes x {plan.accumulation} micro "
+          f"batches x {plan.micro_batch} images\nsteps    {plan.total_steps} = {config.epochs} epochs x "
+          f"{plan.steps_per_epoch}\nfiles    {run.folder}/: config.json, log.jsonl, last.pt", flush=True)
     run.begin(dist, plan, common.Samples(images, CropAndFlip(vit.img_size), config.seed), probes, optimizer)
     warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
     vit.eval().to(dist.device)
@@ -274,7 +267,7 @@ def main(argv=None):
         common.say(f"data     {sets}")
         if lars:
             if not run.start:  # a bad test image is told before the training
-                look_through(Readable(val), "reading", config, dist)
+                look_through(val, "reading", config, dist)
             encoder = random_encoder(vit, config.seed) if config.random_init else vit
             facts, line = lars_probe(config, encoder, pool, sha256(checkpoint), images, val, run, dist)
         else:
@@ -284,10 +277,10 @@ def main(argv=None):
                          accuracy=ours)
             line = f"linear probe: random init {random:.1f} %, pre-trained {ours:.1f} %"
         if dist.is_main:
-            append_result("linear_probe", checkpoint, vit, config, started, protocol=config.protocol,
-                          data=config.data, train=images.name, val=val.name, train_images=len(images),
-                          val_images=len(val), classes=len(val.classes), pool=pool, **facts,
-                          device=str(dist.device))
+            append_result(
+                "linear_probe", checkpoint, vit, config, started, protocol=config.protocol, pool=pool,
+                data=config.data, train=images.name, val=val.name, train_images=len(images),
+                val_images=len(val), classes=len(val.classes), **facts, device=str(dist.device))
             print(line)
 
 

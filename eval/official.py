@@ -5,20 +5,17 @@
     load_official(model, torch.load("checkpoint-299.pth", weights_only=True)["model"])
 
 Every tensor of theirs is used, but for the exceptions below, and none may be missing: files of an encoder
-alone are for `eval.encoders`.
-"""
+alone are for `eval.encoders`."""
 
 from eval.encoders import LAYER_SCALE, MMPRETRAIN, OWN, check_weights, fused_biases, renamed
 
 # Parts of the authors' names (the spelling is theirs) and ours for them, replaced in this order.
 CAE_V2 = (("regresser.regressor_blocks.", "regressor."), ("rd_pos_embed", "positions"),
           ("encoder_to_regresser_norm.", "adapter.1."), ("encoder_to_regresser.", "adapter.0."),
-          ("decoder.norm.", "head_norm."), ("decoder.head.", "head."),
-          (".norm1_q.", ".norm_q."), (".norm1_k.", ".norm_k."), (".norm1_v.", ".norm_v."),
-          (".norm2_cross.", ".norm_2."), (".mlp_cross.", ".mlp."),
-          (".cross_attn.q_bias", ".attn.q.bias"), (".cross_attn.v_bias", ".attn.v.bias"),
-          (".cross_attn.", ".attn."), (".gamma_1_cross", ".ls1.gamma"), (".gamma_2_cross", ".ls2.gamma"),
-          *LAYER_SCALE)
+          ("decoder.norm.", "head_norm."), ("decoder.head.", "head."), (".norm1_", ".norm_"),
+          (".norm2_cross.", ".norm_2."), (".mlp_cross.", ".mlp."), (".cross_attn.q_bias", ".attn.q.bias"),
+          (".cross_attn.v_bias", ".attn.v.bias"), (".cross_attn.", ".attn."),
+          (".gamma_1_cross", ".ls1.gamma"), (".gamma_2_cross", ".ls2.gamma"), *LAYER_SCALE)
 MFM = (("backbone.proj_layers.", "fusion.projections."), ("backbone.proj_weights", "fusion.logits"),
        ("neck.ln1.", "decoder_norm."), ("neck.", ""), *MMPRETRAIN)
 

@@ -4,8 +4,7 @@
 
 Each argument is the folder of a run of any of our scripts. One panel has the losses of all runs, one has
 their accuracies, one per run has the weights of its fused blocks (MFM), all from log.jsonl; one has what
-eval/frequency.py wrote. Empty panels are left out. Needs matplotlib, the extra `plot`.
-"""
+eval/frequency.py wrote. Empty panels are left out. Needs matplotlib, the extra `plot`."""
 
 import argparse
 import json
@@ -38,7 +37,7 @@ def read_run(folder):
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the log in {folder} cannot be read ({type(error).__name__}: {error})") from error
     if not found:
-        raise FileNotFoundError(f"no run in {folder}: log.jsonl and frequency.json are missing or hold nothing")
+        raise FileNotFoundError(f"no run in {folder}: log.jsonl and frequency.json are missing or empty")
     return found
 
 

@@ -1,7 +1,6 @@
 """What the evaluations share: flags, the view in tests, frozen features, a training loop, the result line.
 
-Dimension key: B batch, N patches, D width, H x W size of the view, h x w size of the image.
-"""
+Dimension key: B batch, N patches, D width, H x W size of the view, h x w size of the image."""
 
 import contextlib
 import dataclasses
@@ -28,16 +27,14 @@ from common import flag
 from eval.encoders import find_file, load_encoder
 
 # Mean and std, in 0..1, that encoders were trained with; `half` is that of Google's ViT.
-STATISTICS = dict(
-    imagenet=(common.IMAGENET_MEAN, common.IMAGENET_STD), half=((0.5,) * 3, (0.5,) * 3),
-    clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+STATISTICS = dict(imagenet=(common.IMAGENET_MEAN, common.IMAGENET_STD), half=((0.5,) * 3, (0.5,) * 3),
+                  clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 MEAN_COLOUR = tuple(round(255 * value) for value in common.IMAGENET_MEAN)  # ImageNet's, in 0..255
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(common.MachineConfig):
     """The flags of every evaluation. Raises ValueError without a checkpoint."""
-
     checkpoint: str = flag("", "a file (ours, timm, MAE, transformers ...), or the folder it is in")
     data: str = flag("", "a folder with train/ and val/ (a folder per class), `cifar10` or `scenes` "
                          "(default: $IMAGENET, otherwise data/imagenet)")
@@ -55,12 +52,10 @@ class EvalConfig(common.MachineConfig):
 
 
 def open_checkpoint(config, own_norm=False):
-    """(path, encoder) of --checkpoint; `own_norm` as in `load_encoder`. Raises FileNotFoundError or
-    ValueError, as `check_writable` does."""
+    """(path, encoder) of --checkpoint, as by `find_file`, `check_writable` and `load_encoder`."""
     path = find_file(config.checkpoint)
     check_writable(path)
-    flags = dict(img_size=config.img_size, num_heads=config.num_heads, key=config.key)
-    given = {name: value for name, value in flags.items() if value}
+    given = {name: value for name in ("img_size", "num_heads", "key") if (value := getattr(config, name))}
     if config.mean_std != "auto":
         given |= dict(zip(("mean", "std"), STATISTICS[config.mean_std]))
     # The rank by hand: the processes may not be joined yet.
@@ -125,7 +120,7 @@ class CentreViews(torch.utils.data.Dataset):
 
 def centre_view(image, size, whole=True):
     """The papers' view in tests, uint8 (3, h, w) to (3, H, W): short side to 256, bicubic, then the centre
-    of 224 pixels, in proportion for other sizes. `whole`: an image of that size already stays as it is."""
+    of 224 pixels, in proportion for other sizes. `whole`: an image of that size stays as it is."""
     (height, width), (h, w) = size, image.shape[1:]
     if whole and (h, w) == (height, width):
         return image
@@ -168,13 +163,11 @@ def frozen_tokens(vit, images, batch_size, config, dist, pool=None):
 
 def centre_batches(vit, images, batch_size, config, dist, skip_bad=False):
     """Yields (normalised views (B, 3, H, W) on the device, labels (B,)) of this process's share, in order;
-    the encoder goes there too, in eval mode. `skip_bad` as in `CentreViews`. Raises ValueError for fewer
-    images than processes."""
+    moves the encoder there, too. `skip_bad` as in `CentreViews`. Raises ValueError for too few images."""
     if len(images) < dist.world:
         raise ValueError(f"{images.name} holds {len(images)} images, fewer than the {dist.world} processes")
     vit.eval().to(dist.device)
-    views = CentreViews(images, vit.img_size, skip_bad=skip_bad)
-    loader = share_loader(views, batch_size, config, dist)
+    loader = share_loader(CentreViews(images, vit.img_size, skip_bad=skip_bad), batch_size, config, dist)
     for batch, labels in tqdm(loader, images.name, leave=False, disable=None if dist.is_main else True):
         yield normalise(batch, vit, dist.device), labels
 
@@ -184,25 +177,11 @@ def normalise(images, vit, device):
     return common.normalise(images.to(device, non_blocking=True), vit.config["mean"], vit.config["std"])
 
 
-def look_through(dataset, name, config, dist):
-    """The list of this process's items of `dataset`, each computed once in the loader's workers: what
-    cannot be read is found before hours of training, not after. Raises the item's error."""
-    loader = share_loader(dataset, None, config, dist)
+def look_through(dataset, name, config, dist, keep=len):
+    """The list of `keep(item)` of this process's items of `dataset`, each read once in a loader's worker:
+    what cannot be read is found before hours of training, not after. Raises the item's error."""
+    loader = share_loader(dataset, None, config, dist, keep)
     return list(tqdm(loader, name, leave=False, disable=None if dist.is_main else True))
-
-
-class Readable(torch.utils.data.Dataset):
-    """For `look_through`: reads the images of a `common.Images` and keeps nothing of them."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        self.images[index]
-        return 0
 
 
 def check_finite(values, what="the encoder gives features"):
@@ -269,8 +248,7 @@ def layer_groups(model, encoder, weight_decay, layer_decay):
 def fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate, clip_grad=math.inf):
     """Fine-tuning, after `run.begin`: after each step it yields (steps done, learning rate, gradient norm),
     and the caller logs and saves. `compute_loss(model, batch)` gives (loss, {name: scalar for the log}) of
-    a micro batch; it moves the batch to the device and has autocast around the forward pass. The rate of a
-    group is its `lr_scale` (see `layer_groups`) times `learning_rate(step)`; `clip_grad`: largest norm."""
+    a micro batch on the CPU. A group's rate is its `lr_scale` (see `layer_groups`) times the step's."""
     parallel = model if dist.world == 1 else nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True)
     for step in run.steps():
@@ -298,15 +276,14 @@ def sha256(path):
 
 def append_result(kind, checkpoint, vit, config, started, **facts):
     """Appends the JSON line of a result to eval.jsonl beside the checkpoint, with all that is needed to
-    repeat it. `started` is `time.perf_counter()` at the start. Call it in the main process only."""
+    repeat it; `started`: `time.perf_counter()` at the start. For the main process only."""
     record = dict(
-        kind=kind, **facts, checkpoint=str(checkpoint), sha256=sha256(checkpoint), encoder=vit.config,
-        assumed=getattr(vit, "assumed", None), exif=common.EXIF,
-        view="torchvision uint8, bicubic antialias",
-        seconds=round(time.perf_counter() - started, 1), torch=torch.__version__,
-        torchvision=torchvision.__version__, pillow=PIL.__version__,
-        processes=int(os.environ.get("WORLD_SIZE", 1)), flags=dataclasses.asdict(config),
-        seed=config.seed, commit=common.commit(), command=" ".join(sys.argv))
+        kind=kind, **facts, checkpoint=str(checkpoint), sha256=sha256(checkpoint), exif=common.EXIF,
+        view="torchvision uint8, bicubic antialias", seconds=round(time.perf_counter() - started, 1),
+        encoder=vit.config, assumed=getattr(vit, "assumed", None), torch=torch.__version__,
+        torchvision=torchvision.__version__, pillow=PIL.__version__, command=" ".join(sys.argv),
+        processes=int(os.environ.get("WORLD_SIZE", 1)), flags=vars(config), seed=config.seed,
+        commit=common.commit())
     log = checkpoint.parent / "eval.jsonl"
     cut = log.exists() and not log.read_bytes().endswith(b"\n")  # a line of a process that was killed
     with open(log, "a") as file:

@@ -2,8 +2,7 @@
 
 Features are not augmented; they are standardised with the statistics of the training images, as by the
 BatchNorm of the papers' probe. Only a D x D matrix of them is kept. Nothing is tuned or drawn.
-Dimension key: B batch, D width, K classes.
-"""
+Dimension key: B batch, D width, K classes."""
 
 import torch
 import torch.nn.functional as F

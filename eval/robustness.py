@@ -17,8 +17,7 @@ Sources: [I] the constants that ImageNet-C's authors published, [F] the test cod
   [D1] The view is that of all tests, short side to 256, then the centre of 224 pixels, also for C [F]: its
        images have 224 pixels already and lose their border. `--view whole` leaves such images as they are.
   [D2] In A and R the arg max runs over the classes in the folder, 200 of the 1000: an easier task.
-Dimension key: B batch.
-"""
+Dimension key: B batch."""
 
 import dataclasses
 import os
@@ -47,7 +46,6 @@ NAMES = dict(a="ImageNet-A", r="ImageNet-R", sketch="ImageNet-Sketch", c="ImageN
 @dataclasses.dataclass(frozen=True)
 class Config(common.MachineConfig):
     """The whole command line."""
-
     checkpoint: str = flag("", "the folder or the last.pt of a run of eval.finetune")
     kind: typing.Literal[("", *NAMES)] = flag("", "which set is in --data")
     data: str = flag("", "the folder of the set, as it is published")
@@ -114,11 +112,10 @@ def measure(model, classes, config, dist):
         present = sorted(set(images.labels.tolist()))
         allowed = present if config.kind in ("a", "r") else range(len(classes))  # [D2]
         wrong, count = errors(model, images, allowed, config, dist)
-        facts = dict(accuracy=100 * (count - wrong) / count, images=count, classes_present=len(present),
-                     argmax_over=len(allowed))
-        print(f"{NAMES[config.kind]}: top-1 {facts['accuracy']:.1f} % of {count:,} images of "
-              f"{len(present)} classes, arg max over {facts['argmax_over']}")
-        return facts
+        accuracy = 100 * (count - wrong) / count
+        print(f"{NAMES[config.kind]}: top-1 {accuracy:.1f} % of {count:,} images of {len(present)} "
+              f"classes, arg max over {len(allowed)}")
+        return dict(accuracy=accuracy, images=count, classes_present=len(present), argmax_over=len(allowed))
     found, count = corruption_errors(model, classes, config, dist)
     mean, missing = sum(found.values()) / len(found), [name for name in ALEXNET if name not in found]
     mce = None if missing or len(classes) != 1000 else mean_corruption_error(found)

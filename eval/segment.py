@@ -28,8 +28,7 @@ Sources: [code] the authors' configurations. Where they are silent or we differ:
        the crops, channels not swapped. Ten tries for a crop that the limit of 0.75 allows.
   [D6] Warm-up is a factor on the poly schedule. bf16 autocast instead of fp16. No decay on the class token.
   [D7] `--head linear`, a quick reading: normed tokens of the last block, AdamW, 10,000 steps, lr 1e-3.
-Dimension key: B batch, D encoder width, C UPerNet's, K classes, N patches, H x W crop, h x w grid or image.
-"""
+Dimension key: B batch, D encoder width, C UPerNet's, K classes, N patches, H x W crop, h x w other size."""
 
 import contextlib
 import dataclasses
@@ -55,21 +54,19 @@ if not __package__:  # started by its file name, Python does not find common.py
 import common
 from common import flag
 from eval.data import read_text
-from eval.protocol import (MEAN_COLOUR, EvalConfig, append_result, fit, layer_groups, look_through,
-                           normalise, open_checkpoint, open_run, random_encoder, read_annotated,
-                           set_drop_path, share_loader)
+from eval.protocol import (
+    MEAN_COLOUR, EvalConfig, append_result, fit, layer_groups, look_through, normalise, open_checkpoint,
+    open_run, random_encoder, read_annotated, set_drop_path, share_loader)
 
 IGNORE = 255  # in label maps, once read: no class, no loss, no score
-RECIPES = {
-    "base": dict(steps=160_000, lr=1e-4, layer_decay=0.65, drop_path=0.1),  # [code]
-    "large": dict(steps=160_000, lr=4e-5, layer_decay=0.95, drop_path=0.15),  # [code]
-    "linear": dict(steps=10_000, lr=1e-3, layer_decay=1.0, drop_path=0.0)}  # [D7]
+RECIPES = dict(base=dict(steps=160_000, lr=1e-4, layer_decay=0.65, drop_path=0.1),  # [code]
+               large=dict(steps=160_000, lr=4e-5, layer_decay=0.95, drop_path=0.15),  # [code]
+               linear=dict(steps=10_000, lr=1e-3, layer_decay=1.0, drop_path=0.0))  # [D7]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvalConfig, common.TrainConfig):
     """The whole command line; flags that are not here come from these two classes."""
-
     data: str = flag("data/ade20k", "a folder with images/ and annotations/, or `scenes`")
     head: typing.Literal["upernet", "linear"] = flag("upernet", "linear: the encoder is frozen")
     img_size: int = flag(512, "pixels of a crop's and a window's side [code]", positive=True)
@@ -91,8 +88,8 @@ class Config(EvalConfig, common.TrainConfig):
 
 def with_recipe(config, num_classes, depth):
     """Fills in the recipe of the head and the depth [D2]. Raises ValueError for values that do not fit."""
-    name = "linear" if config.head == "linear" else "large" if depth >= 24 else "base"
-    recipe = {key: value for key, value in RECIPES[name].items() if getattr(config, key) == -1}
+    recipe = RECIPES["linear" if config.head == "linear" else "large" if depth >= 24 else "base"]
+    recipe = {key: value for key, value in recipe.items() if getattr(config, key) == -1}
     config = dataclasses.replace(config, num_classes=num_classes, **recipe)
     if config.warmup_steps >= config.steps or config.layer_decay > 1 or config.drop_path >= 1:
         raise ValueError(f"--warmup_steps {config.warmup_steps} must be below --steps {config.steps}, "
@@ -101,7 +98,6 @@ def with_recipe(config, num_classes, depth):
 
 
 # ---- data ------------------------------------------------------------------------------------------------
-
 class LabelMaps(torch.utils.data.Dataset):
     """`dataset[index]` is (uint8 image (3, h, w), ids of its label map (h, w) int32, the map's name).
     `images` is a `common.Images`; `maps` another one, whose paths are used, or a tensor (n, h, w)."""
@@ -112,8 +108,7 @@ class LabelMaps(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def fingerprint(self):
-        """As of `common.Images`."""
+    def fingerprint(self):  # as of `common.Images`
         maps = common.Images(self.maps) if isinstance(self.maps, torch.Tensor) else self.maps
         return self.images.fingerprint() + maps.fingerprint()
 
@@ -169,24 +164,16 @@ def find_maps(config, split):
     return LabelMaps(images, maps, classes, f"{root} ({split})")
 
 
-class PixelCounts(torch.utils.data.Dataset):
-    """For `look_through`: `[index]` is the list of a label map's pixels per class; the last are ignored."""
-
-    def __init__(self, data, config):
-        self.data, self.config = data, config
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        labels, K = to_labels(*self.data[index], self.config), self.config.num_classes
-        return labels.flatten().int().clamp(max=K).bincount(minlength=K + 1).tolist()
+def pixel_counts(config, sample):
+    """The pixels of each class in a sample of `LabelMaps`, and those that are ignored."""
+    labels, K = to_labels(*sample, config), config.num_classes
+    return labels.flatten().int().clamp(max=K).bincount(minlength=K + 1).tolist()
 
 
 def check_maps(data, split, config, folder, dist):
-    """Reads all label maps of a set, each process its share, and prints what is in them. label_maps.json in
-    the run's `folder` keeps the counts: the same files are not read again when the run goes on. Raises
-    ValueError for a map that cannot be used, and where fewer than two classes have a pixel."""
+    """Reads all label maps of a set, each process its share, and prints what is in them; label_maps.json in
+    the run's `folder` keeps the counts for when the run goes on. Raises ValueError for a map that cannot be
+    used, and where fewer than two classes have a pixel."""
     file, known, key, K = folder / "label_maps.json", {}, None, config.num_classes
     if dist.is_main:
         with contextlib.suppress(OSError, ValueError):
@@ -199,7 +186,8 @@ def check_maps(data, split, config, folder, dist):
     if dist.all_reduce(torch.tensor(int(dist.is_main and old.get("key") == key))):
         counts = torch.tensor(old.get("pixels", [0] * (K + 1)))
     else:
-        rows = look_through(PixelCounts(data, config), f"label maps ({split})", config, dist)
+        keep = functools.partial(pixel_counts, config)
+        rows = look_through(data, f"label maps ({split})", config, dist, keep)
         counts = torch.tensor(rows, dtype=torch.int64).reshape(-1, K + 1).sum(dim=0)
     *pixels, ignored = dist.all_reduce(counts).tolist()
     lacking = [name for name, count in zip(data.classes, pixels) if not count]
@@ -209,8 +197,8 @@ def check_maps(data, split, config, folder, dist):
         none, first = f", none of {names}" * bool(names), int(config.reduce_zero_label)
         zero = " and 0 (--reduce_zero_label)" * first
         raise ValueError(f"{data.name} has pixels of {K - len(lacking)} of {K} classes{none}, and id "
-                         f"{config.ignore_index} (--ignore_index){zero} has {share}: the label maps need "
-                         f"at least two classes, whose ids are {first}, {first + 1} and so on")
+                         f"{config.ignore_index} (--ignore_index){zero} has {share}: give two classes or "
+                         f"more, with the ids {first}, {first + 1} and so on")
     if dist.is_main:
         print(f"labels   {split}: {len(data):,} maps, {share} ignored", flush=True)
         if lacking:
@@ -260,7 +248,6 @@ def distort(image):
 
 
 # ---- model -----------------------------------------------------------------------------------------------
-
 def out_indices(depth):
     """The blocks that UPerNet reads, 0-based: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24 [code] [D2]."""
     return [max(round(depth * sixths / 6) - 1, 0) for sixths in (2, 3, 4, 6)]
@@ -297,8 +284,8 @@ class UPerNet(nn.Module):
         self.smooth = nn.ModuleList(conv(channels, channels, 3, norm) for _ in range(3))
         self.fuse = conv(4 * channels, channels, 3, norm)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))  # [code]
-        self.auxiliary = nn.Sequential(conv(dim, 256, 3, norm), nn.Dropout2d(0.1),
-                                       nn.Conv2d(256, num_classes, 1))  # [code]
+        self.auxiliary = nn.Sequential(
+            conv(dim, 256, 3, norm), nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))  # [code]
 
     def forward(self, maps):
         # From fine to coarse: (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h/2, w/2).
@@ -345,7 +332,6 @@ def pixel_loss(logits, labels):
 
 
 # ---- test ------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def predict(model, image, config, device):
     """Logits (K, h, w) float32 of a uint8 image (3, h, w): the mean over all windows that see a pixel."""
@@ -435,7 +421,6 @@ def report(model, config, folder, path, dist, started, **facts):
 
 
 # ---- train -----------------------------------------------------------------------------------------------
-
 def learning_rate(step, config):
     """Poly schedule of power 1 down to 0, times a linear warm-up from 1e-6 [code] [D6]."""
     warmup = min(1.0, 1e-6 + (1 - 1e-6) * step / max(config.warmup_steps, 1))
@@ -453,10 +438,11 @@ def train(encoder, data, config, run, dist):
         raise ValueError(f"the run in {run.folder} has SyncBatchNorm: go on with several GPUs, as it began")
     model = Segmenter(encoder, config, norm).to(device)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if norm == "batch" else model
-    head = "a linear layer" if model.linear else f"UPerNet on blocks {model.out_indices}, {norm} norm"
-    rate = f"{config.lr:g} after {config.warmup_steps:,} steps, x {config.layer_decay:g} per block down"
+    facts = dict(
+        model="a linear layer" if model.linear else f"UPerNet on blocks {model.out_indices}, {norm} norm",
+        lr=f"{config.lr:g} after {config.warmup_steps:,} steps, x {config.layer_decay:g} per block down")
     sets = f"{len(data):,} images in {data.name}, {len(val):,} to test, {len(data.classes)} classes"
-    common.describe(dict(model=head, lr=rate), config, model, plan, dist, sets, run.folder)
+    common.describe(facts, config, model, plan, dist, sets, run.folder)
     for maps, split in ((data, "train"), (val, "val")):  # raises now, not after days
         check_maps(maps, split, config, run.folder, dist)
     common.compile_blocks(config, device, encoder.blocks)
@@ -482,8 +468,8 @@ def train(encoder, data, config, run, dist):
 def test_only(config, dist, started):
     """--eval_only: last.pt holds all that is needed beside the data."""
     state, path = open_run(config.checkpoint, "segmentation")
-    own = {name: getattr(config, name) for name in (
-        "data", "device", "workers", "micro_batch", "precision", "eval_only")}
+    kept = ("data", "device", "workers", "micro_batch", "precision", "eval_only")
+    own = {name: getattr(config, name) for name in kept}
     config = dataclasses.replace(Config(**state["config"]), **own)
     model = Segmenter(common.ViT(**state["encoder"]), config, state["norm"]).to(dist.device)
     model.load_state_dict(state["model"])
