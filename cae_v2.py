@@ -166,12 +166,12 @@ def draw_colours(image, strength):
     """Colour jitter for a whole image uint8 (3, H, W), as what `recolour` does to crops of it:
     brightness, contrast and saturation in a random order, as rows (a, b, c), (3, 3) float32.
     Contrast needs the mean grey of the whole image, here of each fourth row and column [D8]."""
-    image, rows = image[None, :, ::4, ::4].float(), []
+    image, rows, mean = image[None, :, ::4, ::4].float(), [], None
     for kind in torch.randperm(3).tolist():
         f = torch.empty(()).uniform_(max(0, 1 - strength), 1 + strength).item()
-        mean = TF.rgb_to_grayscale(image).mean().item()
-        rows.append([(f, 0, 0), (f, 0, (1 - f) * mean), (f, 1 - f, 0)][kind])
-        image = recolour(image, torch.tensor([rows[-1:]]))
+        mean = TF.rgb_to_grayscale(image).mean().item() if kind == 1 else mean
+        rows.append([(f, 0, 0), (f, 0, (1 - f) * (mean or 0)), (f, 1 - f, 0)][kind])
+        image = recolour(image, torch.tensor([rows[-1:]])) if mean is None else image
     return torch.tensor(rows)
 
 

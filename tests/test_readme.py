@@ -18,7 +18,7 @@ TABLE = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip(
                                            for line in README.splitlines() if line.startswith("|"))}
 METHODS = {"MFM": "mfm_mae", "Beyond Masking": "beyond_masking", "CAE v2": "cae_v2"}
 MODELS = dict(vit_ti=3, vit_s=6, vit_b=12, vit_l=16, vit_h=16)  # with timm's heads
-EVALS = ["detect", "features", "finetune", "frequency", "knn", "linear_probe", "robustness", "segment"]
+EVALS = ["detect", "features", "finetune", "frequency", "knn", "linear_probe", "robustness", "segment", "shrink", "speed"]
 
 
 def test_flags_files_and_commands_exist():
