@@ -394,10 +394,8 @@ class Images(torch.utils.data.Dataset):
         return hasher.hexdigest()
 
     def __getitem__(self, index):
-        if self.pixels is None:
-            image = read_image(os.fsdecode(self.files[index]))
-        else:
-            image = self.pixels[index]
+        file = self.pixels is None and os.fsdecode(self.files[index])
+        image = read_image(file) if file else self.pixels[index]
         limit = 16 * min(image.shape[1:])
         if max(image.shape[1:]) > limit:  # resized by its short side a line would fill the memory
             image = TF.center_crop(image, [min(side, limit) for side in image.shape[1:]])
@@ -430,14 +428,13 @@ def read_image(path, size=None):
 def read_bytes(path):
     """The content of a file or of a member of a tar archive. Raises ValueError or OSError."""
     shard, *member = path.split("\0")
-    if not member and not os.path.isfile(shard):  # a pipe would be waited for
-        raise ValueError("there is no such file")
     if not member:
+        if not os.path.isfile(shard):  # a pipe would be waited for
+            raise ValueError("there is no such file")
         return bytearray(Path(shard).read_bytes())
-    file, size = open_shard(shard, os.getpid()), int(member[2])
-    file.seek(int(member[1]))
-    content = bytearray(file.read(size))
-    if len(content) < size:
+    file, offset, size = open_shard(shard, os.getpid()), *map(int, member[1:])
+    file.seek(offset)
+    if len(content := bytearray(file.read(size))) < size:
         raise ValueError("its archive is cut off")
     return content
 
@@ -500,18 +497,15 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000, cache=None
     names = names if split == "val" else ("train", "training")
     folder = next((there[name] for name in names if name in there), root)
     shards = [root] if archive else sorted(folder.glob("*.tar"))
-    shards = [shard for shard in shards if any(name in shard.name.lower() for name in names)] or (
-        shards if folder != root or split == "pretrain" or archive else [])
+    named = [shard for shard in shards if any(name in shard.name.lower() for name in names)]
+    shards = named or shards * (folder != root or split == "pretrain")
     if folder == root and split != "pretrain" and not shards:
-        raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class")
-    if shards:
-        files, names = index_shards(shards, cache)
-        classes, labels = np.unique(names, return_inverse=True)
-        known = "" not in classes
-        labels, classes = (labels, classes.tolist()) if known else (None, ())
-        images = Images(files, labels, classes, str(folder))
-    else:
-        images = Images(list_images(folder), name=str(folder))
+        raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class, "
+                                "and no .tar archive with such a name")
+    files, names = index_shards(shards, cache) if shards else (list_images(folder), [""])
+    classes, labels = np.unique(names, return_inverse=True)
+    known = "" not in classes
+    images = Images(files, labels if known else None, classes.tolist() * known, str(folder))
     readable(images, 0)  # raises now
     return images
 
@@ -826,13 +820,13 @@ def compiles(config, device):
 
 def compile_blocks(config, device, *models):
     """torch.compile per transformer block (whatever has an `mlp`), in place: state-dict keys stay
-    clean, equal blocks share a program. A pretraining model's `loss`, too, where it has one."""
-    for model in models if compiles(config, device) else ():
-        for part in model.modules():
+    clean, equal blocks share a program. A model's function `loss`, too, where it has one."""
+    if compiles(config, device):
+        for part in [part for model in models for part in model.modules()]:
             if hasattr(part, "mlp"):
                 part.compile()
-        if hasattr(model, "loss"):
-            model.loss = torch.compile(model.loss)
+            elif hasattr(part, "loss"):
+                part.loss = torch.compile(part.loss)
 
 
 # ---- 7  files ------------------------------------------------------------------------------------
@@ -897,8 +891,9 @@ def on_host(tree):
         return type(tree)(map(on_host, tree))
     if not isinstance(tree, torch.Tensor):
         return tree
-    copy = torch.empty_like(tree, device="cpu", pin_memory=tree.device.type == "cuda")
-    return copy.copy_(tree, non_blocking=True)
+    cuda = tree.device.type == "cuda"
+    copy = torch.empty_like(tree, device="cpu", pin_memory=cuda)
+    return copy.copy_(tree, non_blocking=cuda)
 
 
 def write_encoder(tensors, config, path, **info):
@@ -1034,7 +1029,7 @@ class Run:
 
     Files: config.json, log.jsonl, last.pt, encoder.safetensors, preview.png; previous.pt is the
     last.pt before. `state` is the content of last.pt, or of previous.pt where that one is damaged,
-    {} in a new folder. Nothing is written before `begin`."""
+    {} in a new folder. Nothing is written before `begin`, but an index of archives."""
 
     def __init__(self, method, config, out, kind="pretraining"):
         self.method, self.config, self.kind, self.lock = method, config, kind, None
@@ -1581,7 +1576,8 @@ class RunConfig(TrainConfig):
     epochs, warmup_epochs, batch_size, lr, img_size, patch_size and `num_masked`."""
 
     model: str = flag("vit_b", "size of the encoder")
-    data: str = flag("", "a folder, `cifar10` or `scenes` (default: $IMAGENET or data/imagenet)")
+    data: str = flag("", "a folder, a .tar or a folder of them, `cifar10` or `scenes` (default: "
+                         "$IMAGENET or data/imagenet)")
     init: str = flag("", "start from a last.pt or encoder.safetensors, or a run's folder")
     demo: bool = flag(False, "a small run on the built-in images, about two minutes on a laptop")
     dry_run: bool = flag(False, "print the recipe and its cost; needs neither data nor weights")

@@ -111,4 +111,7 @@ def test_damaged_archives_are_named(images, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no folder val/"):
         common.find_data(str(tmp_path / "mixed"), "val")
     with pytest.raises(ValueError, match="is outside the class folders"):
-        find_labelled(str(tmp_path / "mixed/part-0.tar"), "train", 32)
+        find_labelled(str(pack(tmp_path / "train.tar", images)), "train", 32)
+    for split in ("train", "val"):  # one archive would be both, silently
+        with pytest.raises(FileNotFoundError, match="no .tar archive with such a name"):
+            find_labelled(str(tmp_path / "mixed/part-0.tar"), split, 32)
