@@ -502,7 +502,7 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000, cache=None
     if folder == root and split != "pretrain" and not shards:
         raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class, "
                                 "and no .tar archive with such a name")
-    files, names = index_shards(shards, cache) if shards else (list_images(folder), [""])
+    files, names = index_shards(shards, cache) if shards else (list_images(folder), "")
     classes, labels = np.unique(names, return_inverse=True)
     known = "" not in classes
     images = Images(files, labels if known else None, classes.tolist() * known, str(folder))
