@@ -500,7 +500,7 @@ def find_data(spec, split="pretrain", img_size=32, num_scenes=16_000, cache=None
     named = [shard for shard in shards if any(name in shard.name.lower() for name in names)]
     shards = named or shards * (folder != root or split == "pretrain")
     if folder == root and split != "pretrain" and not shards:
-        raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class, "
+        raise FileNotFoundError(f"{root} has no folder {'/ or '.join(names)}/ with images by class "
                                 "and no .tar archive with such a name")
     files, names = index_shards(shards, cache) if shards else (list_images(folder), "")
     classes, labels = np.unique(names, return_inverse=True)
