@@ -253,6 +253,7 @@ def test_bad_steps_are_skipped_and_counted_and_ten_in_a_row_stop(script, unbroke
     assert script(out, "--max_steps=17", "--save_every=12") in (0, 1)  # 1: more than half were skipped
     whole, after = (out / "last.pt").read_bytes(), load(out)
     assert (after["skipped"], after["step"], after["bad_steps"]) == (9, 17, list(range(7, 16)))
+    assert after.get("ema", {}).get("n_averaged", 8) == 8
     counts = [{int(entry["step"]) for entry in state["optimizer"]["state"].values() if "step" in entry}
               for state in (before, after)]
     assert counts in ([{7}, {8}], [set(), set()])
