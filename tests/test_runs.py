@@ -273,7 +273,7 @@ def assert_equal_to_rounding(ours, theirs):
     averages = [[state.get("exp_avg", state.get("momentum")) for state in both] for both in states]
     scale = max(average.abs().max() for average in averages[0])
     for one, other in zip(*averages, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=float(2e-5 * scale))
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=float(3e-5 * scale))
 
 
 # Off: what is drawn per micro batch, also UPerNet's dropout.
