@@ -431,10 +431,9 @@ def example(config):
     """(model, inputs of one image, the teacher's run) on torch's meta device, for --dry_run."""
     import open_clip
     name, _, clip = teacher_config(config.teacher)
-    size = teacher_size(config.teacher, config.grid)
     logging.disable()  # that the weights are random
     with torch.device("meta"):
-        model = build(config, clip["embed_dim"])
+        size, model = teacher_size(config.teacher, config.grid), build(config, clip["embed_dim"])
         teacher = open_clip.create_model(name, device="meta", force_image_size=size).visual
         targets = torch.empty(1, 1 + config.num_patches, clip["embed_dim"])
         images, teacher_images = (torch.empty(1, 3, S, S) for S in (config.img_size, size))
@@ -519,7 +518,8 @@ def train(config, run, dist):
             run.record(loss=loss, **parts)
 
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        run.update(optimizer, grad_norm)  # changes nothing if that is not finite, but counts it
+        if run.may_step(optimizer, grad_norm):  # a gradient that is not finite changes nothing
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save

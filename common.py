@@ -147,8 +147,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, ids=None):
-        """Tokens (B, n, D) to (B, n, D), or to those at `ids` (B, K) alone, where no other one is
-        read: (B, K, D)."""
+        """Tokens (B, n, D) to (B, n, D); with `ids` (B, K) only those tokens pass the MLP and are
+        given: (B, K, D)."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
         x = x if ids is None else gather(x, ids)
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
@@ -1294,23 +1294,23 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
-    def update(self, optimizer, grad_norm):
-        """Steps the optimiser, unless the gradient is not finite: then weights and moments stay as
-        they are, and the step is counted. Fused AdamW is told so on the device, by the attribute
-        that torch's GradScaler sets, and nothing waits. All processes have the same gradient."""
+    def may_step(self, optimizer, grad_norm):
+        """Whether the optimiser may step; a gradient that is not finite is counted, and changes no
+        weight and no moment. Fused AdamW finds that out on the device, by the attribute that
+        torch's GradScaler sets, so that nothing waits: for it the answer is True. All processes
+        have the same averaged gradient."""
         if self.cut:
-            return
+            return False
         bad = ~grad_norm.isfinite()
         self.flags.append(bad)
         if optimizer.defaults.get("fused") and self.dist.device.type != "mps":
             optimizer.found_inf = bad.float()
-            optimizer.step()
-        elif not bad:
-            optimizer.step()
+            return True
+        return not bad
 
     def _count_bad(self):
-        """Reads what `update` found since the last time. Raises ValueError after ten bad steps in a
-        row, or a hundred in a thousand."""
+        """Reads what `may_step` found since the last time. Raises ValueError after ten bad steps in
+        a row, or a hundred in a thousand."""
         flags = torch.stack(self.flags).tolist() if self.flags else []
         for step, bad in enumerate(flags, self.now + (not self.cut) - len(flags)):
             self.failures, self.skipped = bad * (self.failures + 1), self.skipped + bad

@@ -432,7 +432,8 @@ def train(config, run, dist):
 
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)  # for the log: nothing is clipped [code]
-        run.update(optimizer, grad_norm)  # changes nothing if that is not finite, but counts it
+        if run.may_step(optimizer, grad_norm):  # a gradient that is not finite changes nothing
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if run.log(step + 1, lr, grad_norm) and dist.is_main:  # True: it is time to save

@@ -219,7 +219,8 @@ def train(config, vit, pool, probes, images, run, dist, digest):
                 dist.all_reduce(parameter.grad)
         run.record(**dict(zip(names, losses)))
         grad_norm = nn.utils.get_total_norm([p.grad for p in probes.parameters()])
-        run.update(optimizer, grad_norm)
+        if run.may_step(optimizer, grad_norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if run.log(step + 1, optimizer.param_groups[0]["lr"], grad_norm) and dist.is_main:
             run.save(probes, optimizer, step + 1, sha256=digest)

@@ -264,7 +264,8 @@ def fit(config, run, dist, plan, model, optimizer, compute_loss, learning_rate, 
             (loss / plan.accumulation).backward()
             run.record(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        run.update(optimizer, grad_norm)
+        if run.may_step(optimizer, grad_norm):
+            optimizer.step()
         optimizer.zero_grad()
         yield step + 1, lr, grad_norm
 

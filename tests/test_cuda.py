@@ -113,7 +113,7 @@ def test_evaluation(name, places, tmp_path, capsys):
 # How often the host waits in one step of one micro batch, {what and where: count}; pageable memory is not pinned.
 WAITS = {**dict.fromkeys([*METHODS, "segment"], {}),
          "finetune": {f"{wait}, eval/finetune.py:train": 1 for wait in ("item", "blocking copy")},  # for --ema
-         "lars": {"item, common.py:update": 1, "item, eval/protocol.py:check_finite": 1,
+         "lars": {"item, common.py:may_step": 1, "item, eval/protocol.py:check_finite": 1,
                   "blocking copy, eval/linear_probe.py:train": 1}}  # the labels
 
 
