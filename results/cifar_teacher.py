@@ -3,7 +3,8 @@
     python results/cifar_teacher.py CIFAR10_FOLDER OUT.safetensors      (from the top of the repository)
 
 The folder holds train/CLASS/*.jpg and test/CLASS/*.jpg. The model is demo/tiny_clip.json, the loop that of
-demo/teacher.py; captions read "a CLASS". The file is open_clip's: `--teacher tiny_clip:OUT.safetensors`.
+demo/teacher.py, in bf16; captions read "a CLASS": this teacher has seen the labels of the training images,
+so that only runs with the same teacher compare. The file is open_clip's: `--teacher tiny_clip:OUT.safetensors`.
 """
 
 import json
@@ -14,12 +15,14 @@ from pathlib import Path
 import open_clip
 import torch
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo.teacher import CLIP, CONTEXT, HERE, WORDS, clip_loss, normalise, train, write  # noqa: E402
 from eval.data import find_labelled  # noqa: E402
+from mfm_mae import reflect  # noqa: E402
 
-STEPS = 2000
+RECIPE = {**CLIP, "steps": 7000, "batch": 128, "lr": 1.5e-3}
 
 
 def pixels(images):
@@ -43,11 +46,15 @@ def main(data, out):
     tokens = captions(labels)
 
     def loss_of(ids):
-        batch = images[ids]
-        flip = (torch.rand(len(batch)) < 0.5)[:, None, None, None]
-        return clip_loss(model, normalise(torch.where(flip, batch.flip(-1), batch), model.visual), tokens[ids])
+        flip = (torch.rand(len(ids)) < 0.5)[:, None, None, None]
+        batch = torch.where(flip, images[ids].flip(-1), images[ids])
+        top, left = torch.randint(-4, 5, (2, len(ids), 1))  # a shift of up to 4 pixels, mirrored at the edges
+        rows, columns = (reflect(torch.arange(32) + shift, 32) for shift in (top, left))  # (B, 32)
+        batch = batch[torch.arange(len(ids))[:, None, None], :, rows[:, :, None], columns[:, None]]
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the fused one is slower here
+            return clip_loss(model, normalise(batch.movedim(-1, 1), model.visual), tokens[ids])
 
-    train("clip", model, loss_of, log, **{**CLIP, "steps": STEPS})
+    train("clip", model, loss_of, log, **RECIPE)
     model = model.half().float().eval()
     with torch.no_grad():
         texts = model.encode_text(captions(torch.arange(10)), normalize=True)
