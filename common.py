@@ -1688,10 +1688,17 @@ def dry_run(config, folder, model, inputs, *frozen):
     # fp32 weight, gradient, two moments; under bf16 about half of what fp32 keeps for backward.
     memory = 16 * sum(weights.values()) + plan.micro_batch / 2 * sum(
         storage.nbytes() for key, storage in kept.items() if key not in weights)
-    hours = (flops + teacher) * plan.batch_size * plan.total_steps / dist.world / 0.4 / 3600
-    each = ", ".join(f"{gpu} {hours / peak:.1f}" for gpu, peak in PEAK_FLOPS.items())
+    total = (flops + teacher) * plan.batch_size * plan.total_steps
+    each = ", ".join(f"{gpu} {total / dist.world / 0.4 / 3600 / peak:.1f}"
+                     for gpu, peak in PEAK_FLOPS.items())
+    # last.pt: a weight, and two moments of those that are trained, in fp32.
+    state = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
+    encoder = sum(4 * p.numel() for p in model.encoder.parameters())
     print(f"cost     {(flops + teacher) / 1e9:.1f} GFLOP per image and step"
-          f"{f', {teacher / 1e9:.1f} of them in the teacher' if frozen else ''}\n"
+          f"{f', {teacher / 1e9:.1f} of them in the teacher' if frozen else ''}; "
+          f"{total / 1e18:.1f} EFLOP in all\n"
+          f"disk     last.pt and previous.pt {state / 2**30:.2f} GiB each, encoder.safetensors "
+          f"{encoder / 2**30:.2f} GiB\n"
           f"memory   roughly {memory / 2**30:.1f} GiB per process in bf16\n"
           f"hours    {each}: an estimate, {dist.world} such GPUs at 40 % of their dense bf16 peak")
 

@@ -2,6 +2,8 @@
 
     python -m eval.plot runs/mae_demo runs/mfm_mae_demo --out both.png
 
+    python -m eval.plot runs/mfm_mae_demo --reference      beside our own run of 10,000 steps
+
 Each argument is the folder of a run of any of our scripts. One panel has the losses of all runs, one has
 their accuracies, one per run has the weights of its fused blocks (MFM), all from log.jsonl; one has what
 eval/frequency.py wrote. Empty panels are left out. Needs matplotlib, the extra `plot`."""
@@ -17,6 +19,7 @@ import common
 # The panels with their axes, and the panel of a value in the log by the first word of its name.
 PANELS = dict(loss=("step", "loss"), accuracy=("step", "per cent"), weights=("step", "weight"),
               frequency=("blocks passed", "relative log amplitude"))
+REFERENCE = Path(common.__file__).resolve().parent / "results" / "reference"  # a run's log per method
 LOGGED = dict(loss="loss", accuracy="accuracy", top5="accuracy", weight="weights")
 
 
@@ -38,6 +41,16 @@ def read_run(folder):
         raise ValueError(f"the log in {folder} cannot be read ({type(error).__name__}: {error})") from error
     if not found:
         raise FileNotFoundError(f"no run in {folder}: log.jsonl and frequency.json are missing or empty")
+    return found
+
+
+def references(folders):
+    """The folders of our own runs of the methods in `folders`. Raises ValueError if there is none."""
+    configs = [common.json_or_none(Path(folder).expanduser() / "config.json") or {} for folder in folders]
+    methods = sorted({config["method"] for config in configs if "method" in config})
+    found = [REFERENCE / method for method in methods if (REFERENCE / method).is_dir()]
+    if not found:
+        raise ValueError(f"--reference: config.json in {folders[0]} names no method with a run in {REFERENCE}")
     return found
 
 
@@ -78,9 +91,10 @@ def main(argv=None):
     parser.error = refuse
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--out", default="plot.png", help="the picture, a PNG (default: plot.png)")
+    parser.add_argument("--reference", action="store_true", help="draw our own run of the method, too")
     given = parser.parse_args(argv)
     common.check_picture(given.out)
-    draw(given.runs, given.out)
+    draw(given.runs + (references(given.runs) if given.reference else []), given.out)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def main(data, out):
     log.append(dict(stage="end", zero_shot=round(accuracy, 4), seconds=round(time.time() - start), seed=0,
                     threads=torch.get_num_threads(), torch=torch.__version__))
     write(Path(out), lambda path: save_file({name: value.half() for name, value in model.state_dict().items()}, path))
-    write(Path(out).with_suffix(".log.jsonl"), lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+    lines = "".join(json.dumps(line) + "\n" for line in log)
+    write(Path(out).with_suffix(".log.jsonl"), lambda path: path.write_text(lines))
     print(log[-1])
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes: waiting threads are to leave the cores alone
 import common  # noqa: E402
 from beyond_masking import TASKS  # noqa: E402
+from results.chart import chart  # noqa: E402
 from results.miniature import METHODS, TIERS, execute  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +47,6 @@ another only. How rates and settings were chosen: top of [claims.py](claims.py);
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 95 %, by degrees of freedom
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------
 def runs(claim, seeds):
     """The names of a claim's runs."""
     kinds = {1: [[["cae_v2"], SUPERVISE, ["0.5"], "SL"]], 2: [[["cae_v2"], ["both"], RATIOS, "SML"]],
@@ -64,14 +64,15 @@ def rate_runs(name):
 
 
 def read(log, tier):
-    """{name: line}; of a run that was repeated the last line counts."""
-    lines = map(json.loads, log.read_text().splitlines() if log.exists() else [])
+    """{name: line} of the runs that are in the log."""
+    lines = [json.loads(line) for line in (log.read_text() if log.exists() else "").splitlines() if line[-1] == "}"]
     return {line["name"]: line for line in lines if line["tier"] == tier}
 
 
 def run(names, args, log):
     """Runs what is missing: what chooses a rate before what needs it, encoders before what tests them."""
     done, text = read(log, args.tier), log.read_text() if log.exists() else ""
+    text = text[:text.rfind("\n") + 1]  # without a line that was cut off
 
     def rate_of(name):
         if name.count("/") == 5:
@@ -80,8 +81,7 @@ def run(names, args, log):
         held_out = [line["accuracy_chosen"][1] if "accuracy_chosen" in line else line["accuracy"] for line in lines]
         return lines[held_out.index(max(held_out))]["rate"] if lines else None
 
-    late = [name for name in names if name.startswith(("frozen", "tune"))]
-    early = [name for name in names if name not in late]
+    early, late = ([x for x in names if x.startswith(("frozen", "tune")) == wanted] for wanted in (False, True))
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         for wave in (sum(map(rate_runs, early), []), early, sum(map(rate_runs, late), []), late):
             for future in as_completed([pool.submit(execute, name, rate_of(name), args)
@@ -92,7 +92,6 @@ def run(names, args, log):
                 print(f"{time.strftime('%H:%M')} {line['name']}: {line['accuracy']} %", flush=True)
 
 
-# ---- report ------------------------------------------------------------------------------------------------------
 def judged(name, differences):
     """A row about differences between runs of the same seeds: mean, standard error, and what that means."""
     mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
@@ -107,28 +106,6 @@ def spread(values, digits=1):
 
 def table(rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-
-
-def chart(columns, series):
-    """An SVG: for each column and series {label: a list of values per column} dots, and a line through means."""
-    values = [value for row in series.values() for cell in row for value in cell]
-    low, high = math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5
-    width, colours = 680 / len(columns), ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#555555")
-    y = lambda value: f"{250 - 220 * (value - low) / (high - low):.1f}"  # noqa: E731
-    parts = [f'<text x="44" y="{y(tick)}" text-anchor="end">{tick}</text><path d="M50 {y(tick)}H730" stroke="#ddd"/>'
-             for tick in range(low, high + 1, 5)]
-    parts += [f'<text x="{50 + (place + .5) * width:.1f}" y="270" text-anchor="middle">{column}</text>'
-              for place, column in enumerate(columns)]
-    for number, (label, row) in enumerate(series.items()):
-        colour, shift = colours[number], 50 + width / 2 + 6 * (number - (len(series) - 1) / 2)
-        places = [f"{shift + place * width:.1f}" for place in range(len(columns))]
-        means = " ".join(f"{x},{y(statistics.mean(cell))}" for x, cell in zip(places, row))
-        parts += [f'<polyline points="{means}" fill="none" stroke="{colour}"/>']
-        parts += [f'<circle cx="{x}" cy="{y(value)}" r="3" fill="{colour}" fill-opacity=".6"/>'
-                  for x, cell in zip(places, row) for value in cell]
-        parts += [f'<text x="{60 + 110 * number}" y="16" fill="{colour}">{label}</text>']
-    return ('<svg xmlns="http://www.w3.org/2000/svg" width="740" height="280" font-family="sans-serif" font-size="11">'
-            '<rect width="740" height="280" fill="white"/>' + "\n".join(parts) + "</svg>\n")
 
 
 def minus(one, two):
@@ -177,15 +154,17 @@ def claim_4(get):
                                 for key in ("accuracy", "probes", "weights", "frequency"))
     course = {cell: [*map(list, zip(*probes[cell])), end[cell]] for cell in pair}
     gain = {size: minus(end[size, "mfm"], end[size, "mae"]) for size in "SL"}
-    return ([["", "probe at a third", "two thirds", "the end", "high frequency", "fusion weights, from the first block"]]
+    head = ["", "probe at a third", "two thirds", "the end", "high frequency", "fusion weights, from the first block"]
+    return ([head]
             + [[f"{what.upper()}, {size}", *map(spread, course[size, what]), spread(wave[size, what], 2),
                 ", ".join(f"{weight:.2f}" for weight in mean(*share[size, what]))] for size, what in pair],
             {**{f"MFM - MAE, {size}": gain[size] for size in "SL"},
              "that of S - that of L": minus(gain["S"], gain["L"]),
              **{f"MFM at two thirds - MAE at the end, {size}": minus(course[size, "mfm"][1], end[size, "mae"])
                 for size in "SL"},
-             **{f"high frequency of MAE - of MFM, {size}": minus(wave[size, "mae"], wave[size, "mfm"]) for size in "SL"}},
-            ("a third", "two thirds", "the end"), {f"{what.upper()}, {size}": course[size, what] for size, what in pair})
+             **{f"high frequency of MAE - of MFM, {size}": minus(wave[size, "mae"], wave[size, "mfm"])
+                for size in "SL"}},
+            head[1:4], {f"{what.upper()}, {size}": course[size, what] for size, what in pair})
 
 
 def claim_5(get):
@@ -193,9 +172,10 @@ def claim_5(get):
     columns = {label: {name: get(f"frozen/{name}/-/L", key) for name in names} for label, key in keys.items()}
     columns |= {f"{float(share):.0%} of labels": {name: get(f"tune/{name}/{share}/L") for name in names[:-1]}
                 for share in SHARES}
-    columns = {label: {name: row for name, row in column.items() if None not in row} for label, column in columns.items()}
-    return ([["", *columns]] + [[name, *(spread(column[name]) if name in column else "-" for column in columns.values())]
-                                for name in names],
+    columns = {label: {name: row for name, row in column.items() if None not in row}
+               for label, column in columns.items()}
+    return ([["", *columns]] + [[name, *(spread(column[name]) if name in column else "-"
+                                         for column in columns.values())] for name in names],
             {f"{name} - random, {label}": minus(column[name], column["random"])
              for label, column in columns.items() for name in METHODS if name in column},
             names[:-1], {label: [column[name] for name in names[:-1]] for label, column in columns.items()
@@ -205,7 +185,7 @@ def claim_5(get):
 def report(log, tier, out):
     """Writes claims.md and a plot per claim, from the log alone: the same bytes each time."""
     done, seeds, text = read(log, tier), range(TIERS[tier]["seeds"]), INTRODUCTION
-    for number, (title, claim) in CLAIMS.items():
+    for number, (title, claim, count) in enumerate(CLAIMS, 1):
         text += f"\n## {number}. {title}\n\n"
         lines = [done.get(name) for name in runs(number, len(seeds))]
         if None in lines:
@@ -218,45 +198,46 @@ def report(log, tier, out):
                                       for key in ("commit", "torch", "hardware"))
         rates = ", ".join(f"{rate:g}" for rate in sorted({line["rate"] for line in lines if line["rate"]}))
         text += (
-            f"**At this scale:** {'; '.join(f'{name}: {word}' for name, _, _, word in judgements[:VERDICTS[number]])}.\n\n"
+            f"**At this scale:** {'; '.join(f'{name}: {word}' for name, _, _, word in judgements[:count])}.\n\n"
             f"{table(rows)}\n\n{table([['difference, same seeds', 'mean', 's.e.', 'verdict'], *judgements])}\n\n"
-            f"![claim {number}](claim{number}.svg)\n\n`python -m results.claims {number}`: {len(lines)} runs in "
-            f"{sum(line['seconds'] for line in lines) / 60:.0f} minutes; commit {commits}; torch {torches}; {machines}; "
+            f"![claim {number}](claim{number}.svg)\n\n`python -m results.claims {number}`: {len(lines)} runs, "
+            f"{sum(line['seconds'] for line in lines) / 60:.0f} min; commit {commits}; torch {torches}; {machines}; "
             f"learning rates {rates}.\n")
         common.write_atomically(out / f"claim{number}.svg", lambda file: file.write_text(chart(columns, series)))
+    text += f"\nThe tier `gpu`: {len(read(log, 'gpu')) or 'not'} run.\n"
     common.write_atomically(out / "claims.md", lambda file: file.write_text(text))
 
 
-CLAIMS = {1: ("CAE v2: supervision on visible patches does at least as well as on masked ones", claim_1),
-          2: ("CAE v2: the best mask ratio grows with the model", claim_2),
-          3: ("Beyond Masking: geometry teaches more than appearance; `mask+zoom_in` beats `mask`", claim_3),
-          4: ("MFM: fusion beats MAE, more for a small model; faster; with less high frequency", claim_4),
-          5: ("All methods beside one another", claim_5)}
-VERDICTS = {1: 2, 2: 2, 3: 2, 4: 7, 5: 4}  # how many of the differences are the claim itself
+# What is claimed, and how many of the differences are just that.
+CLAIMS = [("CAE v2: supervision on visible patches does at least as well as on masked ones", claim_1, 2),
+          ("CAE v2: the best mask ratio grows with the model", claim_2, 2),
+          ("Beyond Masking: geometry teaches more than appearance; `mask+zoom_in` beats `mask`", claim_3, 2),
+          ("MFM: fusion beats MAE, more for a small model; faster; with less high frequency", claim_4, 7),
+          ("All methods beside one another", claim_5, 4)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", nargs="*", help="1 to 5, all, or names of runs")
-    parser.add_argument("--rebuild", action="store_true", help="write claims.md and its plots from the log")
+    parser.add_argument("--rebuild", action="store_true", help="write claims.md and its plots")
     parser.add_argument("--tier", default="cpu", choices=TIERS)
-    parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     for name, default, text in (("data", "cifar10", "as for the evaluations"), ("teacher", "demo", "as for CAE v2"),
                                 ("camvid", "", "folder, for claim 5"), ("runs", "runs/claims", "where encoders stay"),
                                 ("out", HERE, "where claims.md and logs/claims.jsonl are")):
         parser.add_argument(f"--{name}", default=default, help=text)
     args = parser.parse_args()
-    out, seeds = Path(args.out), TIERS[args.tier]["seeds"]
-    log, known = out / "logs/claims.jsonl", [name for claim in range(1, 6) for name in runs(claim, seeds)]
-    claims = range(1, 6) if "all" in args.what else [int(word) for word in args.what if word in set("12345")]
-    if odd := set(args.what) - set(known) - {*"12345", "all"}:
-        raise ValueError(f"{sorted(odd)[0]} is no claim and no run, which are called like {known[0]}")
-    run([name for claim in claims for name in runs(claim, seeds)], args, log)
-    if args.rebuild:
-        report(log, args.tier, out)
-    for name in set(args.what) & set(known):
+    out, seeds, words = Path(args.out), TIERS[args.tier]["seeds"], set(args.what)
+    log, of_claim = out / "logs/claims.jsonl", {str(number): runs(number, seeds) for number in range(1, 6)}
+    again = words - {*of_claim, "all"}
+    if odd := again - set(sum(of_claim.values(), [])):
+        raise ValueError(f"{min(odd)} is no claim and no run: those are called like {of_claim['1'][0]}")
+    run([name for claim, names in of_claim.items() if words & {claim, "all"} for name in names], args, log)
+    for name in again:
         line = read(log, args.tier)[name]
         print(f"logged: {line}\nagain:  {execute(name, line['rate'], args)}")
+    if args.rebuild:
+        report(log, args.tier, out)
 
 
 if __name__ == "__main__":

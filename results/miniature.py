@@ -4,11 +4,11 @@ The models, targets, masks and losses are those of the methods' files; the loop 
 images are one tensor and a run takes a minute. Flips are the only augmentation.
 B images of a step, n images, N patches, D width, C width of the teacher's tokens."""
 
+import contextlib
 import functools
+import io
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,11 +20,10 @@ import beyond_masking
 import cae_v2
 import common
 import mfm_mae
-from eval import frequency, knn, ridge
+from eval import frequency, knn, ridge, segment
 from eval.data import find_labelled
 from eval.encoders import load_encoder
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(S=dict(embed_dim=64, depth=3, num_heads=2), M=dict(embed_dim=96, depth=4, num_heads=3),
              L=dict(embed_dim=128, depth=6, num_heads=4))
 # Steps of pre-training, of claim 4, of fine-tuning by share of the labels; how many labels, how many to choose on.
@@ -222,10 +221,10 @@ def execute(name, rate, args):
         if kind == "frozen" and what != "teacher" and args.camvid:
             common.save_encoder(encoder, home / "encoder.safetensors")
             flags = CAMVID if args.camvid != "scenes" else "--img_size 32 --batch_size 4 --steps 2 --warmup_steps 1"
-            subprocess.run([sys.executable, "-m", "eval.segment", "--fresh", "--head=linear", "--workers=0", "--data",
-                            args.camvid, "--checkpoint", home, *flags.split()], check=True, cwd=ROOT,
-                           stdout=subprocess.DEVNULL)
-            result["mIoU"] = json.loads((home / "eval.jsonl").read_text().splitlines()[-1])["miou"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                segment.main(["--fresh", "--head=linear", "--workers=0", f"--data={args.camvid}",
+                              f"--checkpoint={home}", *flags.split()])
+            result["mIoU"] = round(json.loads((home / "eval.jsonl").read_text().splitlines()[-1])["miou"], 2)
     where = torch.cuda.get_device_name() if DATA.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return dict(name=name, tier=args.tier, rate=rate, **result, seconds=round(time.time() - started),
                 commit=common.commit(), torch=torch.__version__, hardware=where)

@@ -133,6 +133,18 @@ def test_what_is_drawn(run, tmp_path, monkeypatch):
     assert start == [(0, 0.5), (1, 0.5)] and len({line.get_color() for line in drawn[3].lines}) == 1
 
 
+def test_our_own_run_is_drawn_beside(run, tmp_path, monkeypatch):
+    write_log(tmp_path / "mfm_mae", dict(step=10, loss=1))
+    monkeypatch.setattr(plot, "REFERENCE", tmp_path)
+    refused("names no method with a run", plot.references, [run])  # no config.json
+    (run / "config.json").write_text('{"method": "mfm_mae"}')
+    monkeypatch.setattr(plot, "draw", lambda folders, out: drawn.append(list(map(str, folders))))
+    drawn = []
+    assert call(run, "--reference", main=plot.main) == call(run, main=plot.main) == 0
+    assert drawn == [[str(run), str(tmp_path / "mfm_mae")], [str(run)]]
+    assert (plot.Path(common.__file__).parent / "results/reference/mfm_mae/log.jsonl").exists()
+
+
 def test_plot_command(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert call(run, run, "--out", tmp_path / "x.png", main=plot.main) == 0
