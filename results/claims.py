@@ -37,7 +37,7 @@ SUPERVISE, RATIOS, SHARES = ("visible", "masked", "both"), ("0", "0.15", "0.25",
 INTRODUCTION = """# The papers' claims in miniature
 
 Runs of about a minute on CIFAR-10 (50,000 images of 32 pixels, patches of 4): they can contradict a claim or go
-along with it at this scale, no more. S, M and L are ViTs of 3 blocks x 64, 4 x 96 and 6 x 128, in bf16. Unless a
+along with it at this scale, no more. S and L are ViTs of 3 blocks x 64 and 6 x 128, in bf16. Unless a
 column says something else, numbers are per cent of the 10,000 test images by a linear probe in closed form on the
 mean patch token, mean ± standard deviation over seeds. A difference is taken between runs of the same seed, whose
 images and their order are the same; it *shows* if it is above 0 with 95 % confidence (Student's t over the seeds;
@@ -49,7 +49,7 @@ STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 95 %, by degrees of freedom
 
 def runs(claim, seeds):
     """The names of a claim's runs."""
-    kinds = {1: [[["cae_v2"], SUPERVISE, ["0.5"], "SL"]], 2: [[["cae_v2"], ["both"], RATIOS, "SML"]],
+    kinds = {1: [[["cae_v2"], SUPERVISE, ["0.5"], "SL"]], 2: [[["cae_v2"], ["both"], RATIOS, "SL"]],
              3: [[["beyond_masking"], TASKS, ["steps"], "L"]], 4: [[["mfm_mae"], ["mae", "mfm"], ["long"], "SL"]],
              5: [[METHODS.values(), "L"], [["frozen"], [*METHODS, "random", "teacher"], "-", "L"],
                  [["tune"], [*METHODS, "random"], SHARES, "L"]]}[claim]
@@ -127,16 +127,16 @@ def claim_1(get):
 
 
 def claim_2(get):
-    cell = {(ratio, size): get(f"cae_v2/both/{ratio}/{size}") for ratio in RATIOS for size in "SML"}
+    cell = {(ratio, size): get(f"cae_v2/both/{ratio}/{size}") for ratio in RATIOS for size in "SL"}
     best = {size: [float(max(zip(row, RATIOS))[1]) for row in zip(*(cell[ratio, size] for ratio in RATIOS))]
-            for size in "SML"}
-    half = {size: minus(cell["0.5", size], cell["0.15", size]) for size in "SML"}
-    return ([["hidden", *"SML"]] + [[ratio, *(spread(cell[ratio, size]) for size in "SML")] for ratio in RATIOS]
-            + [["the best", *(spread(best[size], 2) for size in "SML")]],
+            for size in "SL"}
+    half = {size: minus(cell["0.5", size], cell["0.15", size]) for size in "SL"}
+    return ([["hidden", "S", "L"]] + [[ratio, *(spread(cell[ratio, size]) for size in "SL")] for ratio in RATIOS]
+            + [["the best", *(spread(best[size], 2) for size in "SL")]],
             {"best ratio of L - of S": minus(best["L"], best["S"]),
              "(0.5 - 0.15) of L - of S": minus(half["L"], half["S"]),
-             **{f"0.15 - 0, {size}": minus(cell["0.15", size], cell["0", size]) for size in "SML"}},
-            RATIOS, {size: [cell[ratio, size] for ratio in RATIOS] for size in "SML"})
+             **{f"0.15 - 0, {size}": minus(cell["0.15", size], cell["0", size]) for size in "SL"}},
+            RATIOS, {size: [cell[ratio, size] for ratio in RATIOS] for size in "SL"})
 
 
 def claim_3(get):

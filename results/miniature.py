@@ -24,8 +24,7 @@ from eval import frequency, knn, ridge, segment
 from eval.data import find_labelled
 from eval.encoders import load_encoder
 
-SIZES = dict(S=dict(embed_dim=64, depth=3, num_heads=2), M=dict(embed_dim=96, depth=4, num_heads=3),
-             L=dict(embed_dim=128, depth=6, num_heads=4))
+SIZES = dict(S=dict(embed_dim=64, depth=3, num_heads=2), L=dict(embed_dim=128, depth=6, num_heads=4))
 # Steps of pre-training, of claim 4, of fine-tuning by share of the labels; how many labels, how many to choose on.
 TIERS = dict(
     smoke=dict(seeds=2, steps=2, long=3, tune={"0.01": 1, "0.1": 1, "1": 2}, batch=8, labelled=200, chosen_on=50),
