@@ -3,6 +3,7 @@
 # make demo-beyond  the same for each task of Beyond Masking, the two best-known ones at length
 # make test         the test suite
 # make faults       what disks, signals and damaged files do to runs, and a table of it (15 minutes or more)
+# make docs         the pages docs/site/*.html, from the code and a run of it (20 seconds)
 # Each makes .venv when it is missing. PYTHON=/path/to/python uses an existing environment instead.
 
 ifdef PYTHON
@@ -15,7 +16,7 @@ endif
 # Threads that wait for each other by spinning make a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-mfm demo-beyond test faults
+.PHONY: demo demo-mfm demo-beyond test faults docs
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) cae_v2.py --demo
@@ -45,6 +46,9 @@ test: $(ENVIRONMENT)
 # KILLS=50 is how often each of the seven scripts is killed.
 faults: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -m "slow or not slow" tests/test_faults.py tests/test_runs.py
+
+docs: $(ENVIRONMENT)
+	$(PYTHON) -m docs.build
 
 .venv/ready: pyproject.toml
 	@echo "making .venv and installing torch, torchvision, einops, open_clip, tqdm, pytest (a few minutes)"
