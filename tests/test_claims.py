@@ -67,12 +67,12 @@ def test_verdicts():
 def test_no_choice_sees_a_test_image(tmp_path, monkeypatch):
     """Settings and rates come from the labelled training images that are set apart; fine-tuning never learns them."""
     torch.manual_seed(0)
-    monkeypatch.setitem(miniature.TIERS, "smoke", dict(miniature.TIERS["smoke"], labelled=60, chosen_on=20))
-    images = [(torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 2) for count in (80, 30)]
+    monkeypatch.setitem(miniature.TIERS, "smoke", dict(miniature.TIERS["smoke"], labelled=80, chosen_on=20))
+    images = [(torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 2) for count in (100, 30)]
     common.write_atomically(tmp_path / "smoke/images.pt", lambda path: torch.save(images, path))
     data = miniature.Data(type("Args", (), dict(tier="smoke", runs=tmp_path, data="", teacher="demo")))
     assert not set(data.chosen_on.tolist()) & set(data.others.tolist())
-    assert data.labelled[:20].equal(data.chosen_on) and len(data.labelled) == 60
+    assert data.labelled[:20].equal(data.chosen_on) and len(data.labelled) == 80
     vit = common.ViT(32, 4, embed_dim=32, depth=1, num_heads=2)
     first = miniature.probe(vit, data, neighbours=True)
     data.test_labels = 1 - data.test_labels  # other answers, and the same choice

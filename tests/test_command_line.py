@@ -25,7 +25,7 @@ def test_defaults_then_what_depends_then_demo_then_what_was_typed():
     counts = [config_of(cae_v2, flags).num_masked for flags in ("", "--model=vit_ti", "--mask-ratio=0.2")]
     assert counts == [98, 30, 39]
     demo = config_of(cae_v2, "--demo")
-    assert (demo.model, demo.img_size, demo.batch_size, demo.mask_ratio) == ("vit_demo", 32, 64, 0.5)
+    assert (demo.model, demo.img_size, demo.batch_size, demo.mask_ratio) == ("vit_demo", 32, 64, 0.2)
     given = config_of(cae_v2, "--demo --model=vit_ti --lr=0.0015")  # typed, although it is the default
     assert (given.lr, given.batch_size, given.mask_ratio) == (0.0015, 64, 30 / 196)
     assert [config_of(beyond_masking, flags).mask_ratio for flags in ("", "--task=blur")] == [0.75, 0]

@@ -14,7 +14,7 @@ from eval.data import find_labelled
 from eval.encoders import load_encoder
 from eval.frequency import Config, curves, pick_images, relative_log_amplitude
 from eval.protocol import random_encoder
-from helpers import ROOT, call, sentence
+from helpers import ROOT, call, refused, sentence
 from test_linear_probe import ONE, results
 
 GOLDEN = torch.load(ROOT / "tests" / "golden" / "mfm_mae.pt", weights_only=True)
