@@ -2,7 +2,7 @@
 
     python -m results.claims 3 --data CIFAR10_FOLDER --teacher tiny_clip:FILE    what is missing of one claim
     python -m results.claims all ... --camvid FOLDER [--jobs 2]                   of all five
-    python -m results.claims beyond_masking/mask/steps/L/0 ...                    a run again, beside its line
+    python -m results.claims beyond_masking/mask/steps/S/0 ...                    a run again, beside its line
     python -m results.claims --rebuild                                           tables and plots, from the log
 
 results/cifar_teacher.py makes the teacher, results/miniature.py trains and tests. Each finished run is one line of
@@ -37,7 +37,8 @@ SUPERVISE, RATIOS, SHARES = ("visible", "masked", "both"), ("0", "0.15", "0.25",
 INTRODUCTION = """# The papers' claims in miniature
 
 Runs of about a minute on CIFAR-10 (50,000 images of 32 pixels, patches of 4): they can contradict a claim or go
-along with it at this scale, no more. S and L are ViTs of 3 blocks x 64 and 6 x 128, in bf16. Unless a
+along with it at this scale, no more. S and L are ViTs of 3 blocks x 64 and 6 x 128, in bf16; claims 3 and 5 are
+about S. Unless a
 column says something else, numbers are per cent of the 10,000 test images by a linear probe in closed form on the
 mean patch token, mean ± standard deviation over seeds. A difference is taken between runs of the same seed, whose
 images and their order are the same; it *shows* if it is above 0 with 95 % confidence (Student's t over the seeds;
@@ -50,9 +51,9 @@ STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 95 %, by degrees of freedom
 def runs(claim, seeds):
     """The names of a claim's runs."""
     kinds = {1: [[["cae_v2"], SUPERVISE, ["0.5"], "SL"]], 2: [[["cae_v2"], ["both"], RATIOS, "SL"]],
-             3: [[["beyond_masking"], TASKS, ["steps"], "L"]], 4: [[["mfm_mae"], ["mae", "mfm"], ["long"], "SL"]],
-             5: [[METHODS.values(), "L"], [["frozen"], [*METHODS, "random", "teacher"], "-", "L"],
-                 [["tune"], [*METHODS, "random"], SHARES, "L"]]}[claim]
+             3: [[["beyond_masking"], TASKS, ["steps"], "S"]], 4: [[["mfm_mae"], ["mae", "mfm"], ["long"], "SL"]],
+             5: [[METHODS.values(), "S"], [["frozen"], [*METHODS, "random", "teacher"], "-", "S"],
+                 [["tune"], [*METHODS, "random"], SHARES, "S"]]}[claim]
     return ["/".join(map(str, row)) for kind in kinds for row in itertools.product(*kind, range(seeds))]
 
 
@@ -140,12 +141,12 @@ def claim_2(get):
 
 
 def claim_3(get):
-    task = {name: get(f"beyond_masking/{name}/steps/L") for name in TASKS}
+    task = {name: get(f"beyond_masking/{name}/steps/S") for name in TASKS}
     geometry, looks = (mean(*(task[name] for name in names)) for names in (TASKS[1:4], TASKS[4:6]))
     return ([["task", "linear probe"]] + [[name, spread(task[name])] for name in TASKS],
             {"mean of zoom_in, zoom_out, distort - mean of blur, decolor": minus(geometry, looks),
              **{f"{name} - mask": minus(task[name], task["mask"]) for name in (TASKS[6], *TASKS[1:6], *TASKS[7:])}},
-            TASKS, {"L": list(task.values())})
+            TASKS, {"S": list(task.values())})
 
 
 def claim_4(get):
@@ -169,8 +170,8 @@ def claim_4(get):
 
 def claim_5(get):
     names, keys = [*METHODS, "random", "teacher"], {"linear": "accuracy", "kNN": "knn", "CamVid, mIoU": "mIoU"}
-    columns = {label: {name: get(f"frozen/{name}/-/L", key) for name in names} for label, key in keys.items()}
-    columns |= {f"{float(share):.0%} of labels": {name: get(f"tune/{name}/{share}/L") for name in names[:-1]}
+    columns = {label: {name: get(f"frozen/{name}/-/S", key) for name in names} for label, key in keys.items()}
+    columns |= {f"{float(share):.0%} of labels": {name: get(f"tune/{name}/{share}/S") for name in names[:-1]}
                 for share in SHARES}
     columns = {label: {name: row for name, row in column.items() if None not in row}
                for label, column in columns.items()}
