@@ -83,10 +83,10 @@ class Source:
                 base = ast.unparse(node.value)
                 if base == "common" and self.name != "common":
                     target = self.link(f"common.{node.attr}")
-                elif base in ("self", "model", "config", "self.config"):
-                    own = f"{owner}.{node.attr}"
-                    target = f"#{own}" if base == "self" and own in self.defs else \
-                        self.link(node.attr) if node.attr not in self.defs else ""
+                elif base == "self":
+                    target = f"#{owner}.{node.attr}" if f"{owner}.{node.attr}" in self.defs else ""
+                elif base in ("model", "config", "self.config") and node.attr not in self.defs:
+                    target = self.link(node.attr)
             if target:
                 word = node.id if isinstance(node, ast.Name) else node.attr
                 end = len(self.lines[node.end_lineno - 1].encode()[:node.end_col_offset].decode())
@@ -125,7 +125,8 @@ class Source:
                     text = f"<i class={'shape' if number in trees else 'c'}>{marks(text)}</i>"
                 elif word:
                     text = f"<b class={word}>{marks(text)}</b>"
-                row += html.escape(line[place:left], quote=False) + (f'<a href="{target}">{text}</a>' if target else text)
+                text = f'<a href="{target}">{text}</a>' if target else text
+                row += html.escape(line[place:left], quote=False) + text
                 place = right
             row += html.escape(line[place:], quote=False)
             if number in shown:
@@ -161,10 +162,12 @@ class Source:
         return [row for row in found if row[0] or row[2].strip() or row[3]]
 
 
-def proofs(name, keys):
-    """{definition: what proves it}: the checks of tests/test_NAME.py that a wrong line there makes fail."""
-    path, found = ROOT / f"tests/test_{name}.py", {}
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+def proofs(name, module=""):
+    """{definition of `module`: {check: (golden cases, count)}}: the checks of tests/test_NAME.py that fail where a
+    mistake is put into the definition, as the test's own table of mistakes has it."""
+    text, found = (ROOT / f"tests/test_{name}.py").read_text(encoding="utf-8"), {}
+    golden = torch.load(ROOT / f"tests/golden/{name}.pt")
+    keys = list(golden.get("cases") or golden.get("variants") or golden)
     match = re.search(r"^([A-Z]\w*(?:, [A-Z]\w*)+) = .*CASES", text, re.M)
     names = dict(zip(match[1].split(", "), keys)) if match else {}
     of_check = {name: set(re.findall(r'GOLDEN\["(\w+)"\]', body)) - {"variants", "cases"} for name, body in
@@ -176,8 +179,8 @@ def proofs(name, keys):
                 case = names.get(case, ast.literal_eval(case) if case[0] in "'\"" else case)
                 for row in getattr(rows, "elts", []):
                     places = [x.value for x in getattr(row, "elts", [])[1::3] if isinstance(x, ast.Constant)]
-                    for place in dict.fromkeys(places):
-                        cases = found.setdefault(place, {}).setdefault(check, [set(), 0])
+                    for place in {place.rpartition(":")[2] for place in places if place.rpartition(":")[0] == module}:
+                        cases = found.setdefault(place, {}).setdefault((name, check), [set(), 0])
                         cases[0] |= {case} & {*keys} | of_check.get(check, set())
                         cases[1] += 1
     return found
@@ -188,14 +191,15 @@ def page(name, title, body):
     there = [key for key in PAGES if key in TITLES or key == "index" or (ROOT / f"docs/{key}.md").exists()]
     menu = " ".join(f"<a href={key}.html{' aria-current=page' * (key == name)}>{PAGES[key]}</a>" for key in there)
     style = (ROOT / "docs/style.css").read_text(encoding="utf-8")
-    return (f"<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{title} - readable-mim</title><link rel=icon href='data:,'><style>{style}</style></head>\n<body><nav>"
-            f"{menu}</nav>\n<main>{body}</main></body></html>\n")
+    return ("<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, "
+            f"initial-scale=1'><title>{title} - readable-mim</title><link rel=icon href='data:,'><style>{style}</style>"
+            f"</head>\n<body><nav>{menu}</nav>\n<main>{body}</main></body></html>\n")
 
 
-def code_page(source, shown, trees, figures, sizes, keys):
+def code_page(source, shown, trees, figures, sizes):
     """A file of ours: its card, then rows of notes and code."""
-    code, proof, out, deltas, titles, owner = source.highlight(shown, trees), proofs(source.name, keys), [], [], [], ""
+    code, out, deltas, titles, owner = source.highlight(shown, trees), [], [], [], ""
+    proof = [proofs(source.name)] if source.name in RUNS else [proofs(name, source.name) for name in RUNS]
     for title, names, prose, numbers in source.rows():
         if title:
             titles.append(re.sub("^\\d+ +", "", title).split(":")[0])
@@ -206,12 +210,14 @@ def code_page(source, shown, trees, figures, sizes, keys):
         departs = "Δ" in prose or any("Δ" in source.lines[number - 1] for number in numbers)
         deltas += [owner] * (departs and owner != "" and owner not in deltas)
         left = paragraphs(prose, source.link) if prose.strip() else ""
-        for check, (cases, count) in (item for name in names for item in proof.get(name, {}).items()):
-            golden = ", ".join(f"<code>{case}</code>" for case in sorted(cases))
-            left += (f"<p class=proof>Test <code>{check}</code>" + f", against the authors’ numbers {golden}" * bool(golden)
-                     + f": {count} mistake{'s' * (count > 1)} put in here {'make' if count > 1 else 'makes'} it fail.</p>")
+        for (test, check), (cases, count) in (x for name in names for p in proof for x in p.get(name, {}).items()):
+            golden = " and ".join(f"<code>{case}</code>" for case in sorted(cases))
+            golden = f", golden case{'s' * (len(cases) > 1)} {golden}" * bool(golden)
+            left += (f"<p class=proof>Test <a href=../../tests/test_{test}.py><code>{check}</code></a>{golden}: "
+                     f"it finds {count} mistake{'s' * (count > 1)} put in here.</p>")
         flags = dict.fromkeys(shown[number][1] for number in numbers if number in shown and shown[number][1])
-        left += "".join(f"<p class=proof>In blue: shapes of the run with <code>{flag}</code>.</p>" for flag in flags)
+        if flags:
+            left += f"<p class=proof>In blue: shapes of runs with <code>{'</code>, <code>'.join(flags)}</code>.</p>"
         left += "".join(figures.pop(name, "") for name in names)
         lines = "\n".join(f'<span id="{source.starts[number]}">{code[number]}</span>' if number in source.starts
                           else code[number] for number in numbers)
@@ -240,13 +246,11 @@ def build(folder):
         raise ValueError("a shape comment is false\n" + "\n".join(false))
     texts = {}
     for name, source in SOURCES.items():
-        golden = torch.load(ROOT / f"tests/golden/{name}.pt") if name in RUNS else {}
-        keys = golden.get("cases") or golden.get("variants") or golden
         figures = getattr(pictures, f"of_{name}")(results[name]) if name in RUNS else {}
         sizes = results[name][""][0] if name in RUNS else {}
-        texts[name] = code_page(source, shown[str(source.path)], trace.files[str(source.path)][1], figures, sizes, keys)
+        texts[name] = code_page(source, shown[str(source.path)], trace.files[str(source.path)][1], figures, sizes)
     claims, readme = ROOT / "results/claims.md", (ROOT / "README.md").read_text(encoding="utf-8")
-    claims = re.sub("(?m)^#", "##", claims.read_text(encoding="utf-8")) if claims.exists() else \
+    claims = re.sub("(?m)^#", "##", claims.read_text(encoding="utf-8").partition("\n")[2]) if claims.exists() else \
         "The runs of this comparison are not finished."
     parts = dict(picture=pictures.of_index(results["mfm_mae"]), claims=markdown(claims, "results"),
                  runs=markdown(re.search(r"## Runs\n\n((?:\|.*\n)+)", readme)[1], ""))

@@ -1,7 +1,7 @@
 """What the pages of docs/build.py show of a run: shapes and pictures, both from the methods' own forward pass.
 
 Each method runs its demo configuration, seeded and untrained, on the first two images of its preview. Pictures are what
-its own functions gave. Only predictions after the demo come from results/reference/, as trained weights are not in the
+its own functions gave. Only predictions after training come from results/reference/, as trained weights are not in the
 repository.
 """
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import common
 from docs.shapes import ROOT
@@ -122,17 +123,21 @@ def similarity(tokens, ids, count, whose):
     return figure(maps, f"How similar {whose} are to that of the red patch: dark 0, yellow 1 (cosine).", 16)
 
 
-def after_training(name, column, like, caption):
-    """A column of the reference run's preview, cut to the size that it had before `save_panels` enlarged it."""
-    path = ROOT / f"results/reference/{name}/preview.png"
+def after_training(name, column, panels, caption, count=2):
+    """A column of the reference run's preview, if that run saw the images and masks of our panels: in the size that
+    they had before `common.save_panels` enlarged them."""
+    path, found = ROOT / f"results/reference/{name}/preview.png", []
     if not path.exists():
         return f"<p class=note>No picture of {caption}: the reference run is not in the repository.</p>"
-    cut = [(6 + column * 174, 22 + row * 174) for row in range(len(like))]
-    size = like[0].shape[:0:-1]
-    panels = [Image.open(path).convert("RGB").crop((x, y, x + 168, y + 168)).resize(size, Image.NEAREST)
-              for x, y in cut]
-    panels = [torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(*size[::-1], 3) / 255 for x in panels]
-    return figure([rearrange(x, "h w c -> c h w") for x in panels], f"{caption[0].upper()}{caption[1:]}.", 256)
+    for place in (0, 1, column):
+        for row, like in enumerate(panels[place][:count]):
+            x, y, size = 6 + place * 174, 22 + row * 174, like.shape[:0:-1]
+            cut = Image.open(path).convert("RGB").crop((x, y, x + 168, y + 168)).resize(size, Image.NEAREST)
+            found.append(TF.to_dtype(TF.pil_to_tensor(cut), torch.float32, scale=True))
+    ours = [*panels[0][:count], *panels[1][:count]]
+    if max((one.clamp(0, 1) - other).abs().max() for one, other in zip(ours, found)) > 2 / 255:
+        return f"<p class=note>No picture of {caption}: the reference run saw other crops or masks than this page.</p>"
+    return figure(found[2 * count:], f"{caption[0].upper()}{caption[1:]}.", 256)
 
 
 def of_mfm_mae(runs):
@@ -146,28 +151,33 @@ def of_mfm_mae(runs):
         "MFMMAE.encode": similarity(seen["MFMMAE.encode"]["return"][:, 1:], forward["ids_keep"], N,
                                     "the fused tokens of the visible patches, before training,"),
         "squared_error": loss_figure(seen["squared_error"]["return"], forward["ids_masked"], N, "hidden patch"),
-        "preview": after_training("mfm_mae", 3, panels[3], "the prediction after the demo, among the visible patches")}
+        "preview": after_training("mfm_mae", 3, panels, "the prediction after training (the reference run), among "
+                                  "the visible patches")}
 
 
 def of_beyond_masking(runs):
     (sizes, seen, panels), N = runs[""], runs[""][0]["N"]
     views = {flags.split()[-1]: run[1]["degrade"]["return"] for flags, run in runs.items() if flags[-1:].isalpha()}
-    views = "".join(figure(common.unnormalise(view.expand(-1, 3, -1, -1)), f"<code>{task}</code>", 16)
-                    for task, view in views.items() if "+" not in task and task != "mask")
+    views = {task: figure(common.unnormalise(view.expand(-1, 3, -1, -1)), f"The view in <code>{task}</code>.", 16)
+             for task, view in views.items()}
     error = seen["recovery_loss"]["error"].mean(dim=1)
     predict = seen["BeyondMasking.predict"]
     return {
-        "degrade": figure(panels[0], "The batch of two, clean.", 256) + views
+        "degrade": views["blur"] + views["decolor"],
+        "center_crop": views["zoom_in"],
+        "symmetric_pad": views["zoom_out"],
+        "fish_eye": views["distort"],
+        "Augment": figure(panels[0], "The batch of two, clean.", 256)
         + figure(panels[1], "What the encoder sees in <code>mask+zoom_in</code>: the centre, 75 % hidden."),
         "pixel_target": figure(panels[2], "The target: all of the clean image, squeezed to the size of the view, here "
                                "before its patches are normalised."),
         "BeyondMasking.predict": similarity(predict["patches"], predict["ids_keep"], N,
                                             "the encoder's tokens of the visible patches, before training,"),
-        "recovery_loss": figure(heat(error / error.max()), f"The squared error of each pixel of the clean image, before "
+        "recovery_loss": figure(heat(error / error.max()), "The squared error of each pixel of the clean image, before "
                                 f"training: dark 0, yellow {error.max():.2g}. The border counts everywhere, the centre "
                                 "where the view hides a patch.", 16),
-        "preview": after_training("beyond_masking", 3, panels[3], "the prediction after the demo; each patch has the "
-                                  "mean and std of the true one")}
+        "preview": after_training("beyond_masking", 3, panels, "the prediction after training (the reference run); each "
+                                  "patch has the mean and std of the true one")}
 
 
 def of_cae_v2(runs):
@@ -176,13 +186,13 @@ def of_cae_v2(runs):
     errors = torch.cat([forward["errors"][name] for name in ("visible", "masked")], dim=1)
     ids = torch.cat([forward["ids_keep"], forward["ids_masked"]], dim=1)
     return {
-        "block_mask": figure(panels[0], "The batch of two.") + figure(panels[1], "What the encoder sees."),
+        "Augment": figure(panels[0], "The batch of two.") + figure(panels[1], "What the encoder sees."),
         "clip_targets": similarity(forward["targets"][:, 1:], every, N, "the teacher's tokens"),
         "CAEv2.predict": similarity(seen["CAEv2.predict"]["z"][:, 1:], forward["ids_keep"], N,
                                     "the encoder's tokens of the visible patches, before training,"),
         "cosine_distance": loss_figure(errors, ids, N, "visible and hidden patch"),
-        "preview": after_training("cae_v2", 2, panels[2], "cosine of prediction and target after the demo: dark 0, "
-                                  "yellow 1")}
+        "preview": after_training("cae_v2", 2, panels, "cosine of prediction and target after training (the reference "
+                                  "run): dark 0, yellow 1")}
 
 
 def of_index(runs):
@@ -192,4 +202,4 @@ def of_index(runs):
     return ("<div class=pictures>" + figure(panels[0][:1], "An image.", 256)
             + figure(panels[1][:1], "What the network sees.", 256)
             + figure([asked], "What it is asked for.", 256)
-            + after_training("mfm_mae", 3, panels[3][:1], "what it answers after the demo") + "</div>")
+            + after_training("mfm_mae", 3, panels, "what it answers after training", 1) + "</div>")

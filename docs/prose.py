@@ -8,6 +8,7 @@ import re
 from docs.shapes import ROOT
 
 TITLES = dict(mfm_mae="MFM", beyond_masking="Beyond Masking", cae_v2="CAE v2", common="common.py")
+LEADS = "The idea in one sentence|Why|In the code|Dimension key|What differs from MAE|Recipe|Sources|Commands"
 PAGES = {"index": "Start", **TITLES, "exercises": "Exercises", "answers": "Answers"}
 
 
@@ -16,6 +17,7 @@ def inline(text, link=lambda name: ""):
     def code(match):
         target = link(match[1])
         return f'<a href="{target}"><code>{match[1]}</code></a>' if target else f"<code>{match[1]}</code>"
+    text = re.sub(r"(?<![`\w.])common\.\w+(?!\.?\w)", lambda name: f"`{name[0]}`" if link(name[0]) else name[0], text)
     text = re.sub(r"`([^`]+)`", code, html.escape(text, quote=False))
     text = re.sub(r"arXiv (\d{4}\.\d{5})", r'arXiv <a href="https://arxiv.org/abs/\1">\1</a>', text)
     return marks(re.sub(r"\[(code|abs|readme|fork|mae|issue|T)\](?!\()", r"<small>[\1]</small>", text))
@@ -23,7 +25,7 @@ def inline(text, link=lambda name: ""):
 
 def marks(text):
     """Decisions and Δ lead to the card."""
-    text = re.sub(r"\[(D\d+)\]", r'<a class=decision href="#\1">[\1]</a>', text)
+    text = re.sub(r"(\[)?\b(D\d+)\b(?(1)\])", r'<a class=decision href="#\2">\g<0></a>', text)
     return text.replace("Δ", '<a class=delta href="#differs" title="departs from MAE">Δ</a>')
 
 
@@ -33,7 +35,8 @@ def paragraphs(text, link):
 
 def formula(text):
     """A line such as `w = softmax(s)` as MathML."""
-    tokens, out = re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?|[A-Za-z]+'?|\S", text), []
+    text = re.sub(r"(\w\w) \(", r"\1 ~(", text)  # no function, but a word before a bracket
+    tokens = re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?|[A-Za-z]+'?|\S", text)
 
     def atom(first=False):
         token = tokens.pop(0)
@@ -42,15 +45,17 @@ def formula(text):
         if token == "sqrt":
             tokens.pop(0)
             return f"<msqrt>{row(')')}</msqrt>"
-        if token == "phi":
-            return "<mi>φ</mi>"
+        if token in "~phi":
+            return "<mi>φ</mi>" if token == "phi" else ""
         if len(token.strip("'")) > 1 and token[0].isalpha():
             while tokens and re.fullmatch("[A-Za-z]{2,}'?", tokens[0]) and tokens[0] not in ("phi", "sqrt"):
                 token += " " + tokens.pop(0)
             before, after = "\xa0" * (not first), "\xa0" * (tokens[:1] not in (["("], [","]))
             return f"<mtext>{before}{token}{after}</mtext>".replace("'", "’")
+        if token[1:] == "'":
+            return f"<msup><mi>{token[0]}</mi><mo>′</mo></msup>"
         kind = "mn" if token[0].isdigit() else "mi" if token[0].isalpha() else "mo"
-        return f"<{kind}>{token.replace('-', '−') if kind == 'mo' else token}</{kind}>".replace("'", "′")
+        return f"<{kind}>{token.replace('-', '−') if kind == 'mo' else token}</{kind}>"
 
     def row(end=None):
         parts = []
@@ -95,7 +100,7 @@ def card(text, link, sizes, deltas):
             rows = lines.rstrip("\n").split("\n")
             if not lines.startswith("  "):
                 anchor = " id=differs" if lines.startswith("What differs") else ""
-                lead = re.sub(r"^(The idea in one sentence|[A-Z][\w ]{2,24}?(?: \(.*?\))?):", r"**\1:**", " ".join(rows))
+                lead = re.sub(f"^((?:{LEADS})(?: \\(.*?\\))?):", r"**\1:**", " ".join(rows))
                 body = re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", inline(lead, link))
                 out.append(f"<p{anchor}>{body}</p>" + (f"<p class=note>In the code: {deltas}</p>" if anchor else ""))
             elif "  [D" in lines:
@@ -112,9 +117,10 @@ def card(text, link, sizes, deltas):
                                    " +=", " =", equations))) + "</p>")
             else:
                 out.append(f"<pre class=scroll>{marks(html.escape(chr(10).join(rows)))}</pre>")
-        if block.startswith("Dimension key") and sizes:
-            out.append("<p class=note>In the run of this page: " + ", ".join(
-                f"{name} = {size}" for name, size in dict(B=2, **sizes).items()) + ".</p>")
+        if block.startswith("Dimension key"):
+            known = f": {', '.join(f'{name} = {size}' for name, size in dict(B=2, **sizes).items())}" * bool(sizes)
+            out.append("<p class=note>Beside a shape stands <span class=value>what it was</span> in a run of the demo "
+                       f"with two images, seeded and untrained{known or ': that of MFM where it uses the line'}.</p>")
     return f"<section class=card>{''.join(out)}</section>"
 
 
@@ -143,7 +149,8 @@ def markdown(text, base):
         text = re.sub(r"\[(.*?)\]\((.*?)\)", lambda m: f'<a href="{target(m[2])}">{m[1]}</a>', text)
         text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
         text = re.sub(r"(?<![\w*])\*(?! )(.+?)\*", r"<i>\1</i>", text)
-        return re.sub("\0(\\d+)\0", lambda m: f"<code>{html.escape(codes[int(m[1])])}</code>", text)
+        text = re.sub("\0(\\d+)\0", lambda m: f"<code>{html.escape(codes[int(m[1])])}</code>", text)
+        return text.replace(r"\|", "|")
 
     out, rest = [], text.strip() + "\n"
     while rest:
@@ -157,9 +164,10 @@ def markdown(text, base):
             cells = ["".join(f"<{kind}>{span(cell)}</{kind}>" for cell in row)
                      for kind, row in zip(["th", *["td"] * len(rows)], [rows[0], *rows[2:]])]
             out.append("<div class=scroll><table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table></div>")
-        elif found := re.match(r"(?:(?:[-*]|\d+\.) .*\n(?: +.*\n)*\n?)+", rest):
+        elif found := re.match(r"(?:[-*] .*\n(?: +.*\n)*\n?)+|(?:\d+\. .*\n(?: +.*\n)*\n?)+", rest):
             kind, items = "ol" if rest[0].isdigit() else "ul", re.split(r"(?m)^(?:[-*]|\d+\.) ", found[0])[1:]
-            out.append(f"<{kind}>" + "".join(f"<li>{span(' '.join(item.split()))}</li>" for item in items) + f"</{kind}>")
+            items = "".join(f"<li>{span(' '.join(item.split()))}</li>" for item in items)
+            out.append(f"<{kind}>{items}</{kind}>")
         elif found := re.match(r"<.*\n", rest):  # a line of HTML, for what this file puts in
             out.append(found[0])
         elif found := re.match(r"(?:[^\n].*\n)+?(?=\n|```|#|\||[-*] |\Z)|\n+", rest):
