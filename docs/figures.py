@@ -38,7 +38,8 @@ def outlined(picture, cells, count=8):
     """The picture with a white line around the cells."""
     picture, side = picture.copy(), SIDE // count
     for x, y in cells:
-        ImageDraw.Draw(picture).rectangle((x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1), outline="white", width=2)
+        box = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
+        ImageDraw.Draw(picture).rectangle(box, outline="white", width=2)
     return picture
 
 
@@ -64,7 +65,8 @@ def banner(path="docs/banner.png"):
             if picture:
                 sheet.paste(picture.resize((SIZE, SIZE), Image.LANCZOS), (left, top))
             else:
-                draw.multiline_text((left, top + 22), "a vector of 64\nnumbers for\neach patch, of\nthe whole image", fill="black")
+                words = "a vector of 64\nnumbers for each\npatch of the\nwhole image"
+                draw.multiline_text((left, top + 18), words, fill="black")
     scale = TF.to_pil_image(common.colour_map(torch.linspace(1, 0, SIZE)[:, None])).resize((8, SIZE))
     sheet.paste(scale, (left + SIZE + 4, top))
     for text, y in (("right (1)", top - 2), ("cosine", top + 40), ("0", top + SIZE - 10)):
@@ -82,13 +84,15 @@ def tasks(path="docs/tasks.png", size=112, seed=12):
         clean = F.interpolate(photo, (rows, cols), mode="bilinear", antialias=True)
         view = beyond_masking.degrade(task, clean, beyond_masking.sample_params(task, 1, generator, size))
         view = common.unnormalise(view) if view.shape[1] == 3 else view.expand(-1, 3, -1, -1)
-        if task in ("blur", "decolor"):  # their random weights leave 0 .. 1: drawn from the least to the largest value
+        if task in ("blur", "decolor"):  # their random weights leave 0 .. 1: the range is drawn
             view = (view - view.min()) / (view.max() - view.min())
         if beyond_masking.is_masked(task):
             mask = common.random_masks(1, 49, 37, torch.Generator().manual_seed(seed))
-            view = view.where(F.interpolate(rearrange(mask.float(), "b (h w) -> b 1 h w", h=7), (size, size)) == 0, 0.5)
-        asked = common.unnormalise(beyond_masking.area_resize(clean, (size, size)))
-        columns.append([common.unnormalise(F.interpolate(photo, (size, size), mode="bilinear", antialias=True)), view, asked])
+            mask = F.interpolate(rearrange(mask.float(), "b (h w) -> b 1 h w", h=7), (size, size))
+            view = view.where(mask == 0, 0.5)
+        image = F.interpolate(photo, (size, size), mode="bilinear", antialias=True)
+        asked = beyond_masking.area_resize(clean, (size, size))
+        columns.append([common.unnormalise(image), view, common.unnormalise(asked)])
     pictures = [[TF.to_pil_image(image[0].clamp(0, 1)) for image in column] for column in columns]
     sheet = Image.new("RGB", (40 + 9 * (size + 6), 16 + 3 * (size + 6)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -176,8 +176,8 @@ def of_beyond_masking(runs):
         "recovery_loss": figure(heat(error / error.max()), "The squared error of each pixel of the clean image, before "
                                 f"training: dark 0, yellow {error.max():.2g}. The border counts everywhere, the centre "
                                 "where the view hides a patch.", 16),
-        "preview": after_training("beyond_masking", 3, panels, "the prediction after training (the reference run); each "
-                                  "patch has the mean and std of the true one")}
+        "preview": after_training("beyond_masking", 3, panels, "the prediction after training (the reference run); "
+                                  "each patch has the mean and std of the true one")}
 
 
 def of_cae_v2(runs):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import common
+from docs import exercises
 from helpers import ROOT, environment
 from results import claims, costs, miniature
 
@@ -107,3 +108,25 @@ def test_the_rate_is_the_best_on_the_images_set_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "ProcessPoolExecutor", Pool)
     claims.run(["mfm_mae/mae/long/S/0"], type("Args", (), dict(tier="smoke", jobs=1)), tmp_path / "log.jsonl")
     assert used == {**{f"mfm_mae/mae/long/S/100/{rate:g}": rate for rate in claims.RATES}, "mfm_mae/mae/long/S/0": 2e-3}
+
+
+def test_the_pages_of_exercises_are_those_of_their_log():
+    """Each mistake still fits its line; the pages' numbers are those of the runs."""
+    done = {line["name"]: line for line in map(json.loads, exercises.LOG.read_text().splitlines())}
+    for path, text in exercises.pages(done).items():
+        assert path.read_text() == text
+    for method, *edit, _, _ in exercises.EXERCISES:
+        source = (ROOT / f"{method}.py").read_text()
+        compile(wrong := exercises.put_in(source, *edit), method, "exec")
+        assert len(wrong.splitlines()) == len(source.splitlines()) and wrong != source
+
+
+def test_the_ladder_has_the_losses_of_its_logs():
+    """README's rows of 10,000 steps."""
+    for method in ("mfm_mae", "beyond_masking", "cae_v2"):
+        lines = common.read_log(ROOT / "results/reference" / method)[0]
+        losses = {line["step"]: line["loss"] for line in lines}
+        command = json.loads((ROOT / "results/reference" / method / "config.json").read_text())["command"]
+        row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "10,000 steps, " in line
+                   and command.split(" --out")[0] in line)
+        assert ", ".join(f"{losses[step]:.2f}" for step in (100, 1000, 10_000)) in row
