@@ -45,7 +45,7 @@ def formula(text):
         if token == "sqrt":
             tokens.pop(0)
             return f"<msqrt>{row(')')}</msqrt>"
-        if token in "~phi":
+        if token in ("~", "phi"):
             return "<mi>φ</mi>" if token == "phi" else ""
         if len(token.strip("'")) > 1 and token[0].isalpha():
             while tokens and re.fullmatch("[A-Za-z]{2,}'?", tokens[0]) and tokens[0] not in ("phi", "sqrt"):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from docs.prose import formula
 from helpers import ROOT, environment
 
 SITE = ROOT / "docs/site"
@@ -73,6 +74,11 @@ def test_the_site_is_what_the_files_give(tmp_path):
         assert ours == theirs, f"{name}: make docs"
         assert [x.shape for x in pictures] == [x.shape for x in built]
         assert all(np.mean(a != b) < 0.02 for a, b in zip(pictures, built))
+
+
+def test_a_formula_keeps_all_its_signs():
+    text = re.sub("<[^>]+>", "", formula("0.8 mean |c r'p - phi(h O_i)|^2 = sum_k w_k / sqrt(var x + 1e-6)"))
+    assert re.sub(r"\s", "", text) == "0.8mean|cr′p−φ(hOi)|2=∑kwk/varx+1e-6"
 
 
 def test_a_false_shape_stops_the_build(tmp_path):
