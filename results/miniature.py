@@ -102,13 +102,14 @@ def resize(images, size):
 def pretrain(name, rate, data):
     """Trains one model; returns its encoder and what there is to say about it."""
     kind, what, much, size, seed = name.split("/")[:5]
+    width = data.tokens.shape[-1] if kind == "cae_v2" else 0  # before the seed: loading a teacher draws numbers
     torch.manual_seed(int(seed))
     shape, batch, steps = SIZES[size], data.tier["batch"], data.tier[much if much == "long" else "steps"]
     D, depth, heads = shape.values()
     decoder = dict(decoder_dim=D // 2, decoder_depth=1, decoder_heads=2)
     fuse = () if what == "mae" else sorted({*(k * depth // 6 for k in range(5)), depth - 1})
     model, module = {
-        "cae_v2": lambda: (cae_v2.CAEv2(32, 4, **shape, target_dim=data.tokens.shape[-1], regressor_depth=1,
+        "cae_v2": lambda: (cae_v2.CAEv2(32, 4, **shape, target_dim=width, regressor_depth=1,
                                         regressor_heads=heads), common),
         "beyond_masking": lambda: (beyond_masking.BeyondMasking(what, 28, 4, **shape, **decoder), beyond_masking),
         "mfm_mae": lambda: (mfm_mae.MFMMAE(32, 4, **shape, **decoder, fuse=fuse), mfm_mae)}[kind]()

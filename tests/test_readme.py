@@ -26,7 +26,7 @@ def test_flags_files_and_commands_exist():
     flags = {field.name for script in scripts for field in dataclasses.fields(script.Config)}
     others = re.sub(r"(?m)^#SBATCH.*|--max-restarts", "", README)  # SLURM's and torchrun's
     torchrun = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-    named = set(re.findall(r"--([a-z_]+)", others)) - {"form"} - torchrun
+    named = set(re.findall(r"--([a-z_]+)", others)) - {"form", "reference"} - torchrun
     assert len(named) > 10 and named - flags == set()
     made = {"preview.png", "log.jsonl", "encoder.safetensors", "last.pt", "previous.pt", "eval.jsonl"}
     files = set(re.findall(r"[`(\"]([\w/-]+\.(?:py|md|cff|png|jsonl|safetensors|pt))[`)\"]", README)) - made
