@@ -16,8 +16,8 @@ from demo.scenes import make_scenes
 
 SIDE, STEP, TOP = 168, 174, 22  # of a panel in a preview, from one to the next, of the first row
 SIZE, LEFT, GAP = 92, 112, 24  # of a panel in the banner, of the first one, between them
+ROW = 3  # of the previews
 COLUMNS = "image", "the encoder sees", "asked for", "it predicts"
-GREY = (127, 127, 127)  # what hides a patch in a preview
 
 
 def panels(method, row):
@@ -44,14 +44,14 @@ def outlined(picture, cells, count=8):
 
 
 def banner(path="docs/banner.png"):
-    image, seen, _, filled = panels("mfm_mae", 1)
+    image, seen, _, filled = panels("mfm_mae", ROW)
     asked = Image.new("RGB", image.size, "lightgrey")  # the hidden patches, nothing else
     for x, y in hidden_cells(seen):
         box = x * 21, y * 21, (x + 1) * 21, (y + 1) * 21
         asked.paste(image.crop(box), box)
-    clip, visible, cosines = panels("cae_v2", 1)
+    clip, visible, cosines = panels("cae_v2", ROW)
     rows = {"MFM\n\nthe hidden\npatches": [image, seen, asked, filled],
-            "Beyond Masking\n\nthe hidden patches\nand what is around": panels("beyond_masking", 1),
+            "Beyond Masking\n\nthe hidden patches\nand what is around": panels("beyond_masking", ROW),
             "CAE v2\n\nCLIP's feature\nof each patch": [clip, visible, None, outlined(cosines, hidden_cells(visible))]}
     sheet = Image.new("RGB", (LEFT + 4 * (SIZE + GAP) + 40, 18 + 3 * (SIZE + 6)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -31,9 +31,11 @@ def test_what_is_published_is_what_the_log_says(tmp_path):
     shutil.copy(ROOT / "results/logs/claims.jsonl", tmp_path / "logs")
     claims.report(tmp_path / "logs/claims.jsonl", "cpu", tmp_path)
     costs.main(tmp_path / "costs.md")
+    text = (tmp_path / "claims.md").read_text()
     made = sorted(path.name for path in tmp_path.glob("*.*"))
     assert [name for name in made if (tmp_path / name).read_bytes() != (ROOT / "results" / name).read_bytes()] == []
-    assert made == ["claim1.svg", "claim2.svg", "claim3.svg", "claim4.svg", "claim5.svg", "claims.md", "costs.md"]
+    svgs = sorted(path.name for path in (ROOT / "results").glob("*.svg"))
+    assert made == [*svgs, "claims.md", "costs.md"] and re.findall(r"\((claim\d\.svg)\)", text) == svgs
 
 
 def test_smoke(tmp_path):
