@@ -123,6 +123,12 @@ def test_the_pages_of_exercises_are_those_of_their_log():
         assert len(wrong.splitlines()) == len(source.splitlines()) and wrong != source
 
 
+def test_the_readme_quotes_the_claims():
+    found = re.findall(r"([+-]\d+\.\d\d) \(s\.e\. (\d\.\d\d)\)", (ROOT / "README.md").read_text())
+    page = (ROOT / "results/claims.md").read_text()
+    assert len(found) >= 6 and [cell for cell in found if f"| {cell[0]} | {cell[1]} |" not in page] == []
+
+
 def test_the_ladder_has_the_losses_of_its_logs():
     """README's rows of 10,000 steps."""
     for method in ("mfm_mae", "beyond_masking", "cae_v2"):
