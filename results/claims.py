@@ -26,6 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes: waiting threads are to leave the cores alone
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python results/claims.py`, too
 import common  # noqa: E402
 from beyond_masking import TASKS  # noqa: E402
 from results.chart import chart  # noqa: E402
