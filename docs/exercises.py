@@ -63,9 +63,11 @@ def run(method, edit=None):
     """The line of one run: losses on its way and the probe after it."""
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        leave = shutil.ignore_patterns(".*", "runs", "results", "docs")
-        shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=leave)
         file, out = Path(folder, f"{method}.py"), Path(folder, "out")
+        for name in ("demo", "eval"):
+            shutil.copytree(ROOT / name, Path(folder, name))
+        for name in ("common.py", file.name):
+            shutil.copy(ROOT / name, folder)
         if edit:
             file.write_text(put_in(file.read_text(), *edit))
         for command in ([file, "--demo", "--max_steps", STEPS[method], "--log_every", "50", "--out", out],
@@ -94,8 +96,9 @@ def put_in(source, function, right, wrong):
     return "".join(lines[:first - 1]) + text.replace(right, wrong) + "".join(lines[last:])
 
 
-def curve(line):
-    return [f"{line['losses'][step]:.2f}" for step in list(line["losses"])[1::max(1, len(line["losses"]) // 4)]]
+def points(line):
+    """{step: loss} of the two to four steps that a table has."""
+    return dict(list(line["losses"].items())[1::max(1, len(line["losses"]) // 4)])
 
 
 def main():
@@ -129,9 +132,9 @@ made both pages; its runs are in `results/logs/exercises.jsonl`.
         first, last = place(source, function)
         code = "".join(put_in(source, function, right, wrong).splitlines(True)[first - 1:last])
         good, bad = done[method], done[str(number)]
-        steps = list(good["losses"])[1::max(1, len(good["losses"]) // 4)]
-        rows = [["", *(f"loss at {step}" for step in steps), "linear probe"], ["---"] * (len(steps) + 2),
-                ["right", *curve(good), f"{good['probe']} %"], ["with the bug", *curve(bad), f"{bad['probe']} %"]]
+        rows = [["", *(f"loss at {step}" for step in points(good)), "linear probe"], ["---"] * (len(points(good)) + 2)]
+        rows += [[name, *(f"{loss:.2f}" for loss in points(line).values()), f"{line['probe']} %"]
+                 for name, line in (("right", good), ("with the bug", bad))]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         asked += (f"\n## {number}. {TITLES[method]}, `{function}`\n\n```python\n{code.rstrip()}\n```\n\n{table}\n\n"
                   f"Hint: {hint}\n")

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ class Data:
     def __init__(self, args):
         self.args, self.tier, self.folder = args, TIERS[args.tier], Path(args.runs) / args.tier
         self.device = torch.device("cuda" if args.tier == "gpu" else "cpu")
-        sets = self.keep("images", lambda: [
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--tier gpu needs a GPU, and torch finds none: take --tier cpu")
+        sets = self.keep("images", args.data, lambda: [
             (torch.stack([image for image, _ in part]), torch.as_tensor(part.labels))
             for part in (find_labelled(args.data, split, 32) for split in ("train", "val"))])
         (self.train, self.labels), (self.test, self.test_labels) = ([x.to(self.device) for x in part] for part in sets)
@@ -55,8 +58,9 @@ class Data:
         self.chosen_on, self.others = order[:self.tier["chosen_on"]], order[self.tier["chosen_on"]:]
         self.labelled = order[:self.tier["labelled"]]  # of the probes: `chosen_on` first
 
-    def keep(self, name, make):
-        path = self.folder / f"{name}.pt"
+    def keep(self, name, spec, make):
+        """What `make()` gives for the flag `spec`, from a file if it was made before."""
+        path = self.folder / f"{name}-{zlib.crc32(str(spec).encode()):08x}.pt"
         if not path.exists():
             common.write_atomically(path, functools.partial(torch.save, make()))
         return torch.load(path, mmap=True)
@@ -69,7 +73,7 @@ class Data:
     def tokens(self):
         """(2, n, 1+N, C) float16: of the images and of their mirror images."""
         cfg = self.teacher.preprocess_cfg
-        return self.keep("tokens", lambda: torch.stack([torch.cat([
+        return self.keep("tokens", [self.args.data, self.args.teacher], lambda: torch.stack([torch.cat([
             cae_v2.clip_targets(self.teacher, common.normalise(part, cfg["mean"], cfg["std"])).half().cpu()
             for part in images.split(500)]) for images in (self.train, self.train.flip(-1))])).to(self.device)
 
@@ -92,10 +96,12 @@ def fit(model, groups, loss_of, steps, rate, after=lambda step: None):
 
 
 def mirror(images, flip):
+    """Images (B, 3, H, W), those mirrored where `flip` (B,) is True."""
     return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def resize(images, size):
+    """Images (B, 3, h, w) to (B, 3, *size), bilinear."""
     return F.interpolate(images, list(common.pair(size)), mode="bilinear", antialias=True)
 
 

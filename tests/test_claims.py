@@ -58,6 +58,10 @@ def test_smoke(tmp_path):
     for key in ("accuracy", "loss", "rate"):
         assert re.search(rf"'{key}': ([\d.]+)", first)[1] == re.search(rf"'{key}': ([\d.]+)", second)[1]
     assert "no claim and no run" in run("6", *smoke, code=1)
+    log.unlink()
+    assert "has no line in" in run("cae_v2/masked/0.5/S/1", *smoke, code=1)
+    lost = run("3", "--tier=smoke", "--data=nowhere", f"--runs={tmp_path / 'new'}", f"--out={tmp_path}", code=1)
+    assert re.search("^error: .*nowhere", lost, re.M) and "Traceback" not in lost
 
 
 def test_verdicts():
@@ -72,7 +76,7 @@ def test_no_choice_sees_a_test_image(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setitem(miniature.TIERS, "smoke", dict(miniature.TIERS["smoke"], labelled=80, chosen_on=20))
     images = [(torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 2) for count in (100, 30)]
-    common.write_atomically(tmp_path / "smoke/images.pt", lambda path: torch.save(images, path))
+    common.write_atomically(tmp_path / "smoke/images-00000000.pt", lambda path: torch.save(images, path))
     data = miniature.Data(type("Args", (), dict(tier="smoke", runs=tmp_path, data="", teacher="demo")))
     assert not set(data.chosen_on.tolist()) & set(data.others.tolist())
     assert data.labelled[:20].equal(data.chosen_on) and len(data.labelled) == 80
@@ -86,7 +90,7 @@ def test_no_choice_sees_a_test_image(tmp_path, monkeypatch):
 
 def test_the_rate_is_the_best_on_the_images_set_apart(tmp_path, monkeypatch):
     """Of three rates at seed 100; the later run gets it."""
-    used = {}
+    used, ended = {}, []
 
     def execute(name, rate, args):
         used[name] = rate
@@ -96,11 +100,8 @@ def test_the_rate_is_the_best_on_the_images_set_apart(tmp_path, monkeypatch):
         def __init__(self, *_):
             pass
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
+        def shutdown(self, cancel_futures):
+            ended.append(cancel_futures)
 
         def submit(self, *call):
             (future := Future()).set_result(call[0](*call[1:]))
@@ -110,6 +111,7 @@ def test_the_rate_is_the_best_on_the_images_set_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "ProcessPoolExecutor", Pool)
     claims.run(["mfm_mae/mae/long/S/0"], type("Args", (), dict(tier="smoke", jobs=1)), tmp_path / "log.jsonl")
     assert used == {**{f"mfm_mae/mae/long/S/100/{rate:g}": rate for rate in claims.RATES}, "mfm_mae/mae/long/S/0": 2e-3}
+    assert ended == [True]  # after an error, too, nothing is left in the queue
 
 
 def test_the_pages_of_exercises_are_those_of_their_log():

@@ -121,6 +121,11 @@ def test_the_dry_run_needs_nothing_and_counts_right(tmp_path, monkeypatch, capsy
         teacher = float(re.search(r"([\d.]+) of them in the teacher", text)[1])
         assert teacher == pytest.approx(2 * 17.6, rel=0.05)
         assert model != "vit_b" or 3 * 17.6 < total - teacher < 2 * 3 * 17.6
+    assert float(re.search(r"([\d.]+) EFLOP", text)[1]) == pytest.approx(
+        total * steps * (4096 if module is mfm_mae else 2048) / 1e9, abs=0.06)
+    # All weights in fp32, and two moments of those that are trained: all but a few tables of positions.
+    assert 11.8 * parameters < 2**30 * (float(re.search(r"previous.pt ([\d.]+) GiB", text)[1]) + 0.005)
+    assert 2**30 * (float(re.search(r"previous.pt ([\d.]+) GiB", text)[1]) - 0.005) < 12 * parameters
     seconds = total * 1e9 * steps * (4096 if module is mfm_mae else 2048) / 4 / 0.4  # at 1 FLOP a second
     hours = {card: float(number) for card, number in re.findall(r"([AH]\d00) ([\d.]+)", text)}
     assert hours == {card: pytest.approx(seconds / peak / 3600, rel=0.02)

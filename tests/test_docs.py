@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from docs import figures
 from docs.prose import formula
 from helpers import ROOT, environment
 
@@ -74,6 +75,15 @@ def test_the_site_is_what_the_files_give(tmp_path):
         assert ours == theirs, f"{name}: make docs"
         assert [x.shape for x in pictures] == [x.shape for x in built]
         assert all(np.mean(a != b) < 0.02 for a, b in zip(pictures, built))
+
+
+def test_the_figures_of_the_readme_are_those_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for draw in (figures.banner, figures.tasks):
+        draw(path := tmp_path / f"{draw.__name__}.png")
+        ours, drawn = (np.asarray(Image.open(file)).astype(int) for file in (ROOT / "docs" / path.name, path))
+        assert ours.shape == drawn.shape and np.abs(ours - drawn).mean() < 0.5  # fonts and rounding may differ
+    assert len(figures.hidden_cells(figures.panels("mfm_mae", figures.ROW)[1])) == 48  # 75 % of 64
 
 
 def test_a_formula_keeps_all_its_signs():
